@@ -1,0 +1,60 @@
+"""Every error that a user can cause.
+
+    MegatronInstructError
+    ├── ConfigError             a setting breaks a rule, or two settings contradict each other   (exit status 2)
+    ├── InputError              a file or folder is missing, broken, empty or not what it claims (exit status 3)
+    ├── MissingPackageError     an optional package is not installed                             (exit status 4)
+    ├── EngineError             an inference engine failed or died                               (exit status 5)
+    └── TrainingError           a training run cannot go on                                      (exit status 6)
+
+Messages name the field or file, the value, the rule and the remedy. An `assert` marks a mistake of ours, never of the user's.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MegatronInstructError(Exception):
+    """Base of all errors that a user can cause; tools print them as one message and exit with `exit_status`."""
+
+    exit_status = 1
+
+
+class ConfigError(MegatronInstructError):
+    """A setting breaks a rule, or two settings contradict each other."""
+
+    exit_status = 2
+
+
+class InputError(MegatronInstructError):
+    """A file or folder is missing, broken, empty or not what it claims to be."""
+
+    exit_status = 3
+
+
+class MissingPackageError(MegatronInstructError):
+    """An optional package is needed and not installed."""
+
+    exit_status = 4
+
+    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}; install it with: pip install 'megatron-instruct[{extra}]'")
+
+
+class EngineError(MegatronInstructError):
+    """An inference engine failed or died."""
+
+    exit_status = 5
+
+
+class TrainingError(MegatronInstructError):
+    """A training run cannot go on."""
+
+    exit_status = 6
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest of `known`, or the whole list when none is close."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}"

@@ -1,0 +1,1 @@
+"""Evaluation of Hugging Face folders."""

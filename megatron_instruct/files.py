@@ -1,0 +1,85 @@
+"""Writes that are whole or absent, and fingerprints of what was read.
+
+A write goes to a temporary name in the same folder, is flushed to the disk and renamed; a reader never meets half a file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_instruct.errors import InputError
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` (mode "w" for UTF-8 text, "wb" for bytes) that takes its name when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that takes the name `path` when the block succeeds; `path` must not exist yet.
+
+    Leftovers of an interrupted run under the temporary name are removed first.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists already; choose another folder or remove it.")
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in sorted(temporary.rglob("*")):
+        if file.is_file():
+            _sync(file)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with atomic_write(path) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, or raise InputError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of the file's content."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    _sync(path)

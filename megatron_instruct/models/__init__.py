@@ -1,0 +1,1 @@
+"""Model families, sizes, and the build of megatron-core's GPT model."""

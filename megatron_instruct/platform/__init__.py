@@ -1,0 +1,1 @@
+"""The seam between megatron-core and the machine it runs on."""

@@ -1,0 +1,1 @@
+"""Documents in, Megatron indexed data sets out."""

@@ -1,0 +1,150 @@
+"""The words of the method (arXiv:2406.14491), as values that stages exchange through JSON lines.
+
+raw text -> (synthesis) -> M-shot example: one-shot examples in sequence, each a raw text with its pairs
+         -> (templates) -> instruction-augmented text: one document, with the role of every character.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from megatron_instruct.errors import InputError
+
+PairKind = Literal["free_form", "options", "chain_of_thought", "options_chain_of_thought"]
+Role = Literal["context", "instruction", "response", "glue"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawText:
+    """One document of a raw corpus."""
+
+    id: str
+    """Unique in its corpus."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstructionPair:
+    """One instruction and its response, grounded in a raw text."""
+
+    question: str
+    """The instruction without its options and without a request to think step by step."""
+    answer: str
+    """The response; with options, the text of the right one."""
+    kind: PairKind = "free_form"
+    options: tuple[str, ...] = ()
+    """Choices in the order they were written; empty unless kind has options."""
+    rationale: str | None = None
+    """Steps that lead to the answer; None unless kind is a chain of thought."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: synthesizer, revision, prompt format, round, filters passed."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "kind": self.kind,
+            "options": list(self.options),
+            "rationale": self.rationale,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> "InstructionPair":
+        """where: file and line, named in the InputError of a value that is no pair."""
+        value = _mapping(value, where)
+        kind = value.get("kind", "free_form")
+        if kind not in get_args(PairKind):
+            raise InputError(f"{where}: pair kind {kind!r} is none of {', '.join(get_args(PairKind))}.")
+        rationale = value.get("rationale")
+        return cls(
+            question=_text(value, "question", where),
+            answer=_text(value, "answer", where),
+            kind=cast(PairKind, kind),
+            options=tuple(str(option) for option in value.get("options") or ()),
+            rationale=None if rationale is None else str(rationale),
+            provenance=value.get("provenance") or {},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneShotExample:
+    """A raw text and the pairs grounded in it; no pairs where none could be parsed: the text then stays raw."""
+
+    id: str
+    """The raw text's id."""
+    text: str
+    pairs: tuple[InstructionPair, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "text": self.text, "pairs": [pair.to_json() for pair in self.pairs]}
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> "OneShotExample":
+        value = _mapping(value, where)
+        pairs = value.get("pairs")
+        if not isinstance(pairs, list):
+            raise InputError(f"{where}: 'pairs' is {type(pairs).__name__}; it must be a list of pairs.")
+        return cls(
+            id=_text(value, "id", where),
+            text=_text(value, "text", where),
+            pairs=tuple(InstructionPair.from_json(pair, where=where) for pair in pairs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MShotExample:
+    """One-shot examples in sequence, each written by the synthesizer with the earlier ones before it. One line of examples.jsonl."""
+
+    id: str
+    """Id of the first raw text of the chain."""
+    shots: tuple[OneShotExample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "shots": [shot.to_json() for shot in self.shots]}
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str) -> "MShotExample":
+        value = _mapping(value, where)
+        shots = value.get("shots")
+        if not isinstance(shots, list) or not shots:
+            raise InputError(f"{where}: 'shots' must be a non-empty list of one-shot examples; this is not an example file of synthesis.")
+        return cls(id=_text(value, "id", where), shots=tuple(OneShotExample.from_json(shot, where=where) for shot in shots))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Characters [start, end) of a document, and what they are."""
+
+    start: int
+    end: int
+    role: Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentedText:
+    """A rendered M-shot example: ONE document. One line of augmented.jsonl."""
+
+    id: str
+    text: str
+    spans: tuple[Span, ...]
+    """In order, without gap or overlap, from 0 to len(text)."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Raw text ids, and the name of every template drawn."""
+
+    def to_json(self) -> dict[str, Any]:
+        spans = [[span.start, span.end, span.role] for span in self.spans]
+        return {"id": self.id, "text": self.text, "spans": spans, "provenance": dict(self.provenance)}
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object is needed, not a {type(value).__name__}.")
+    return value
+
+
+def _text(value: dict[str, Any], key: str, where: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: {key!r} is {text!r}; it must be a non-empty string.")
+    return text

@@ -1,0 +1,1 @@
+"""Instruction synthesis: raw texts in, M-shot examples out."""

@@ -1,0 +1,1 @@
+"""Templates that render M-shot examples into instruction-augmented texts."""
