@@ -1,0 +1,189 @@
+"""An Architecture and a ParallelLayout -> megatron-core's GPT model on this rank, laid out, initialised, on its device.
+
+Does not know: data, optimizers, checkpoints. megatron-core 0.19.2 says that GPTModel will give way to HybridModel; this file is
+the only one that builds it.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_instruct.errors import ConfigError, MissingPackageError, did_you_mean
+from megatron_instruct.models.architecture import Architecture, RopeScaling
+from megatron_instruct.models.initialize import initialize_parameters
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.platform.device import Machine
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What of the build is neither architecture nor layout."""
+
+    dtype: Dtype = "fp32"
+    """Of parameters and activations."""
+    seed: int = 1234
+    """Of the initial weights."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations that the backward pass computes again instead of keeping them."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor ranks."""
+    transformer_config: Mapping[str, Any] | None = None
+    """Any other field of megatron-core's TransformerConfig."""
+
+
+def padded_vocab_size(architecture: Architecture, layout: ParallelLayout, divisor: int) -> int:
+    """Return the rows of the embedding over all tensor ranks."""
+    multiple = divisor * layout.tensor
+    return math.ceil(architecture.vocab_size / multiple) * multiple
+
+
+def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
+    """Make megatron-core's process groups and random streams; the process group must exist and match layout.world_size."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def build_model(architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions) -> list[GPTModel]:
+    """Return this rank's model chunks: one, or `layout.virtual_pipeline` of them. Weights are the same whatever the layout."""
+    layout.check(architecture)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation note, see above
+    config = make_transformer_config(architecture, layout, machine, options)
+    chunks = []
+    for chunk in range(layout.virtual_pipeline or 1):
+        vp_stage = chunk if layout.virtual_pipeline else None
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, machine, vp_stage),
+            vocab_size=padded_vocab_size(architecture, layout, options.make_vocab_size_divisible_by),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            share_embeddings_and_output_weights=architecture.tie_embeddings,
+            vp_stage=vp_stage,
+        )
+        if architecture.rope_scaling is not None:
+            model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
+        initialize_parameters(model, architecture, seed=options.seed)
+        chunks.append(model.to(machine.device))
+    return chunks
+
+
+def make_transformer_config(
+    architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions
+) -> TransformerConfig:
+    """Return megatron-core's configuration of the model on this machine."""
+    dtype = _TORCH_DTYPES[options.dtype]
+    settings: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.kv_channels,
+        "layernorm_epsilon": architecture.layernorm_epsilon,
+        "init_method_std": architecture.init_method_std,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "num_layers_in_last_pipeline_stage": layout.layers_in_last_stage,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": options.dtype == "bf16",
+        "fp16": options.dtype == "fp16",
+        "perform_initialization": False,  # models.initialize does it, the same for every layout
+        "use_cpu_initialization": not machine.is_cuda,
+        "calculate_per_token_loss": True,  # the loss is a mean over the tokens of the global batch, however it is cut
+        "deallocate_pipeline_outputs": True,
+        **(_CUDA_SETTINGS if machine.is_cuda else _CPU_SETTINGS),
+    }
+    if layout.virtual_pipeline is not None:
+        # On gloo, batched point-to-point calls of the interleaved schedule pair up wrongly without an error (megatron-core 0.19.2).
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if options.recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif options.recompute == "selective":
+        settings |= {"recompute_granularity": "selective"}
+    settings |= _checked_extra(options.transformer_config or {}, settings)
+    return TransformerConfig(**settings)
+
+
+_CPU_SETTINGS: dict[str, Any] = {
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "batch_p2p_sync": False,
+    "attention_softmax_in_fp32": True,
+}
+_CUDA_SETTINGS: dict[str, Any] = {
+    "apply_rope_fusion": True,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "gradient_accumulation_fusion": False,  # needs apex's extension
+    "masked_softmax_fusion": True,
+    "cross_entropy_loss_fusion": True,
+}
+
+
+def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    fields = TransformerConfig.__dataclass_fields__
+    for name in extra:
+        if name not in fields:
+            raise ConfigError(f"transformer_config: megatron-core has no field {name!r}{did_you_mean(name, fields)}")
+        if name in settings and name not in _CPU_SETTINGS and name not in _CUDA_SETTINGS:
+            raise ConfigError(f"transformer_config: {name!r} is decided by the model and layout settings; set it there.")
+    return dict(extra)
+
+
+def _layer_spec(config: TransformerConfig, machine: Machine, vp_stage: int | None) -> Any:
+    """Transformer Engine's layers on CUDA, torch's on CPU."""
+    if machine.is_cuda:
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError as error:
+            raise MissingPackageError("transformer-engine[pytorch]", extra="train", purpose="training on a GPU") from error
+        return ModuleSpec(module=TransformerLayer, submodules=get_gpt_layer_with_transformer_engine_submodules())
+    from megatron_instruct.platform.cpu_modules import RMSNorm, ScaledDotProductAttention
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Return rotary frequencies scaled as Llama 3.1 does: long wavelengths by the factor, short ones not, smoothly between."""
+    wavelength = 2 * math.pi / inv_freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    smooth = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1.0 - smooth) * inv_freq / scaling.factor + smooth * inv_freq

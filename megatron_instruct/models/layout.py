@@ -1,0 +1,84 @@
+"""How a model is laid out over ranks: a pure value, checked before any process group exists."""
+
+from dataclasses import dataclass
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """Sizes of the parallel groups. Ranks are ordered as megatron-core orders them: tensor, then data, then pipeline."""
+
+    world_size: int = 1
+    tensor: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    pipeline: int = 1
+    """Stages that share the layers (PP)."""
+    virtual_pipeline: int | None = None
+    """Model chunks of one stage, for the interleaved schedule; None for one chunk."""
+    sequence_parallel: bool = False
+    """Whether norms and residuals are split along the sequence over the tensor ranks."""
+    layers_in_last_stage: int | None = None
+    """Layers of the last pipeline stage, which also computes the output layer; None for an even split."""
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model (DP)."""
+        return self.world_size // (self.tensor * self.pipeline)
+
+    def check(self, architecture: Architecture) -> None:
+        """Raise ConfigError for a layout that the model or the number of processes does not allow."""
+        model_ranks = self.tensor * self.pipeline
+        if self.tensor < 1 or self.pipeline < 1:
+            raise ConfigError(f"tensor={self.tensor}, pipeline={self.pipeline}: parallel sizes must be at least 1.")
+        if self.world_size % model_ranks:
+            raise ConfigError(
+                f"world_size={self.world_size} is not a multiple of tensor_model_parallel_size * pipeline_model_parallel_size "
+                f"= {self.tensor} * {self.pipeline} = {model_ranks}; start torchrun with --nproc-per-node {model_ranks} or a multiple."
+            )
+        self._check_tensor(architecture)
+        self._check_pipeline(architecture)
+
+    def _check_tensor(self, architecture: Architecture) -> None:
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(architecture, name)
+            if value % self.tensor:
+                allowed = [size for size in range(1, value + 1) if _divides_all(size, architecture)]
+                raise ConfigError(
+                    f"{name}={value} is not a multiple of tensor_model_parallel_size={self.tensor}; "
+                    f"this model allows {', '.join(map(str, allowed))}."
+                )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError("sequence_parallel=True needs tensor_model_parallel_size of at least 2; raise it or drop the flag.")
+
+    def _check_pipeline(self, architecture: Architecture) -> None:
+        layers = architecture.num_layers
+        if self.layers_in_last_stage is not None:
+            first_layers = layers - self.layers_in_last_stage
+            if self.pipeline == 1 or self.virtual_pipeline is not None or self.layers_in_last_stage < 1 or first_layers < self.pipeline - 1:
+                raise ConfigError(
+                    f"num_layers_in_last_pipeline_stage={self.layers_in_last_stage} needs 2 or more stages, at least one layer in each, "
+                    f"and no interleaving; num_layers={layers}, pipeline_model_parallel_size={self.pipeline}."
+                )
+            if first_layers % (self.pipeline - 1):
+                raise ConfigError(
+                    f"num_layers={layers} minus num_layers_in_last_pipeline_stage={self.layers_in_last_stage} leaves {first_layers}, "
+                    f"not a multiple of the other {self.pipeline - 1} stages; change either."
+                )
+            return
+        chunks = self.pipeline * (self.virtual_pipeline or 1)
+        if layers % chunks:
+            raise ConfigError(
+                f"num_layers={layers} is not a multiple of the {chunks} pipeline stages or chunks "
+                f"(pipeline_model_parallel_size={self.pipeline}); change pipeline_model_parallel_size, "
+                "or set num_layers_in_last_pipeline_stage."
+            )
+        if self.virtual_pipeline is not None and self.pipeline < 2:
+            raise ConfigError("an interleaved pipeline needs pipeline_model_parallel_size of at least 2.")
+
+
+def _divides_all(size: int, architecture: Architecture) -> bool:
+    return all(
+        value % size == 0 for value in (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
+    )

@@ -1,0 +1,163 @@
+"""What megatron-core 0.19.2 needs replaced to run on CPU and gloo. Nothing here is touched where CUDA is available.
+
+Each entry of `REPLACEMENTS` names a symbol, why it must be replaced and what takes its place. All of it can go when
+megatron-core takes its device from one place instead of naming CUDA. Modules of the CPU layer spec are in cpu_modules.py.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_instruct.errors import ConfigError
+
+MEGATRON_CORE_VERSION = "0.19"
+_CPU = torch.device("cpu")
+
+
+class _Stream:
+    """Stands for the one order of work that a CPU process has."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *_: Any) -> "_Stream":
+        return self
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*values: Any, **options: Any) -> torch.Tensor:
+        device = options.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            options["device"] = _CPU
+        if options.get("pin_memory"):
+            options["pin_memory"] = False
+        return factory(*values, **options)
+
+    return make
+
+
+def _type_with_cuda_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_(tensor: torch.Tensor, *values: Any, **options: Any) -> Any:
+        result = original(tensor, *values, **options)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and caller.startswith("megatron.core") else result
+
+    return type_
+
+
+def _cpu_tracker(original: type) -> Any:
+    class CpuRNGStatesTracker(original):  # type: ignore[misc]
+        """Named random streams over torch's CPU generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            assert name not in self.states_, f"random stream {name} exists already"
+            self._is_initialized = True
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    return CpuRNGStatesTracker
+
+
+def _fused_cpu_adamw(_: Any) -> Any:
+    return functools.partial(torch.optim.AdamW, fused=True)
+
+
+def _distributed_optimizer_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_states(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        return original(optimizer, model_param, {"step": None, **tensors})
+
+    return set_states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One replaced symbol: module:attribute, why, and a function from the original to what takes its place."""
+
+    symbol: str
+    why: str
+    make: Callable[[Any], Any]
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return lambda _original: lambda *_values, **_options: value
+
+
+REPLACEMENTS = (
+    Replacement(symbol="torch:cuda.current_device", why="names the device of new buffers", make=_constant(_CPU)),
+    Replacement(symbol="torch:cuda.synchronize", why="called by timers and pipeline schedules", make=_constant(None)),
+    Replacement(symbol="torch:cuda.Stream", why="side streams of overlapped communication and of expert dispatch", make=lambda _: _Stream),
+    Replacement(symbol="torch:cuda.current_stream", why="the optimizer and DDP wait for it", make=lambda _: lambda *_v, **_o: _Stream()),
+    Replacement(symbol="torch:cuda.stream", why="context of a side stream", make=lambda _: lambda *_v, **_o: contextlib.nullcontext()),
+    Replacement(symbol="torch:tensor", why='called with device="cuda" by name', make=_on_cpu),
+    Replacement(symbol="torch:zeros", why='called with device="cuda" by name', make=_on_cpu),
+    Replacement(symbol="torch:ones", why='called with device="cuda" by name', make=_on_cpu),
+    Replacement(symbol="torch:empty", why='called with device="cuda" by name, and with pinned memory', make=_on_cpu),
+    Replacement(symbol="torch:Tensor.cuda", why="moves losses and token counts", make=lambda _: lambda tensor, *_v, **_o: tensor),
+    Replacement(symbol="torch:Tensor.type", why="optimizers compare it with 'torch.cuda.FloatTensor'", make=_type_with_cuda_name),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        why="activation recomputation saves the generator's state",
+        make=lambda _: lambda *_v, **_o: torch.get_rng_state(),
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        why="activation recomputation restores the generator's state",
+        make=lambda _: lambda state, *_v, **_o: torch.set_rng_state(state),
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
+        why="named random streams use CUDA's generators",
+        make=_cpu_tracker,
+    ),
+    Replacement(
+        symbol="megatron.core.optimizer:Adam",
+        why="Transformer Engine's fused Adam is taken where it is installed, and fails on CPU tensors; torch's is fused too",
+        make=_fused_cpu_adamw,
+    ),
+    Replacement(symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", why="says that Adam is torch's", make=lambda _: True),
+    Replacement(symbol="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", why="says that Adam is torch's", make=lambda _: False),
+    Replacement(
+        symbol="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        why="loading a checkpoint asks for 'step', which torch's AdamW keeps among the tensors of its state (KeyError)",
+        make=_distributed_optimizer_state,
+    ),
+)
+
+_installed: list[str] = []
+
+
+def install() -> None:
+    """Make the replacements, once. Raises ConfigError for another megatron-core than the one they were written for."""
+    if _installed:
+        return
+    assert not torch.cuda.is_available(), "with CUDA nothing is replaced"
+    from megatron.core.package_info import __version__ as version
+
+    if not version.startswith(MEGATRON_CORE_VERSION):
+        raise ConfigError(
+            f"megatron-core {version} is installed, and running it on CPU is known to work with {MEGATRON_CORE_VERSION}.x; "
+            f"install it with: pip install 'megatron-core=={MEGATRON_CORE_VERSION}.*'"
+        )
+    for replacement in REPLACEMENTS:
+        module, path = replacement.symbol.split(":")
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, name, replacement.make(getattr(owner, name)))
+        _installed.append(replacement.symbol)

@@ -1,0 +1,97 @@
+"""Which machine this is, and joining its process group.
+
+Comes in: the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it, one process.
+Does not know: models, data, training.
+"""
+
+import datetime
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.platform import cpu_seam
+
+# Dense peak of one GPU in TFLOP/s, from NVIDIA's data sheets, without sparsity: (fp32 through TF32, bf16/fp16, fp8).
+_GPU_PEAK_TFLOPS = {
+    "GB200": (1250.0, 2500.0, 5000.0),
+    "B200": (1125.0, 2250.0, 4500.0),
+    "H200": (494.5, 989.0, 1979.0),
+    "H100": (494.5, 989.0, 1979.0),
+    "A100": (156.0, 312.0, 312.0),
+    "L40S": (183.0, 366.0, 733.0),
+}
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the processes of a run compute on."""
+
+    kind: Literal["cpu", "cuda"]
+    backend: Literal["gloo", "nccl"]
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.kind == "cuda"
+
+
+def current() -> Machine:
+    """Return this process's machine: the GPU of its local rank where there is CUDA, else the CPU."""
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank}, and this machine has {torch.cuda.device_count()} GPUs; "
+                "start torchrun with at most one process a GPU."
+            )
+        return Machine(kind="cuda", backend="nccl", device=torch.device("cuda", local_rank))
+    return Machine(kind="cpu", backend="gloo", device=torch.device("cpu"))
+
+
+def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None) -> Machine:
+    """Join the process group, once, and make megatron-core able to run here.
+
+    threads: CPU threads of this process; by default the cores of the machine divided by its processes.
+    """
+    machine = current()
+    if machine.is_cuda:
+        torch.cuda.set_device(machine.device)
+    else:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_processes))
+        cpu_seam.install()
+    if not torch.distributed.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(machine.backend, timeout=timeout)
+        else:  # one process needs no address to meet others at
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            torch.distributed.init_process_group(machine.backend, timeout=timeout, store=store, rank=0, world_size=1)
+    return machine
+
+
+def peak_flops(machine: Machine, precision: Precision) -> float | None:
+    """Return the peak FLOP/s of one process's device: from the data sheet for a known GPU, measured for a CPU, None otherwise."""
+    if not machine.is_cuda:
+        return _measured_cpu_flops()
+    name = torch.cuda.get_device_name(machine.device)
+    column = {"fp32": 0, "bf16": 1, "fp16": 1, "fp8": 2}[precision]
+    return next((row[column] * 1e12 for known, row in _GPU_PEAK_TFLOPS.items() if known in name), None)
+
+
+def _measured_cpu_flops(size: int = 1024, seconds: float = 0.3) -> float:
+    """Measure fp32 matrix products of `size` with this process's threads; every process of the machine does so at the same time."""
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    torch.mm(left, right)
+    products, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        torch.mm(left, right)
+        products += 1
+    return products * 2.0 * size**3 / elapsed
