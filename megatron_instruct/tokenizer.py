@@ -31,6 +31,8 @@ _GENERATION = "generation_config.json"
 class Tokenizer(Protocol):
     """What the stages need of a tokenizer."""
 
+    kind: str
+    """What Megatron calls it: HuggingFaceTokenizer or GPTSentencePieceTokenizer."""
     vocab_size: int
     """Number of ids, added tokens included: every id is below it."""
     eod: int
@@ -85,6 +87,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 class _HuggingFaceTokenizer:
     """tokenizer.json through the tokenizers library."""
 
+    kind = "HuggingFaceTokenizer"
+
     def __init__(self, file: Path, eod_token: str | None) -> None:
         try:
             import tokenizers
@@ -123,6 +127,8 @@ class _HuggingFaceTokenizer:
 
 class _SentencePieceTokenizer:
     """A sentencepiece model through sentencepiece itself: converters are known to change ids without a word (transformers 5)."""
+
+    kind = "GPTSentencePieceTokenizer"
 
     def __init__(self, file: Path, eod_token: str | None) -> None:
         try:

@@ -1,21 +1,27 @@
 """Raw corpora as a stream of objects: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt.
 
 Comes in: files, folders and glob patterns. Goes out: one object per line or row, with the place it was read at.
-A line that cannot be read comes out as a `BrokenRecord` with its reason, so that the caller decides: stop or set aside.
+A line that cannot be read comes out as a `BrokenRecord` with its reason, so that the caller decides: stop or set aside; so does
+a file with nothing in it. A compressed file that ends early is an InputError: nothing says what is missing.
 Does not know: what the objects mean, beyond `raw_text`, which takes the id and the text out of one.
 """
 
 import glob
 import gzip
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_instruct.errors import InputError, MissingPackageError
 from megatron_instruct.records import RawText
+
+REJECTS = "rejects.jsonl"
+"""End of the names of files that hold what a stage set aside."""
+_CHUNK = 1 << 17
+"""Bytes of a compressed file read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +56,17 @@ class BrokenRecord:
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
-    """Resolve files, folders (every readable file in them) and glob patterns to a sorted list without repeats.
+    """Resolve files, folders and glob patterns to a list without repeats; what a folder or a pattern holds is sorted.
 
+    Of a folder, every file of a known suffix is taken, but for the rejects of earlier stages.
     Raises InputError for an input that names nothing, or a file of unknown suffix.
     """
     found: list[Path] = []
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            matches = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) is not None)
+            files = (file for file in path.rglob("*") if file.is_file() and not file.name.endswith(REJECTS))
+            matches = sorted(file for file in files if _reader(file) is not None)
         elif path.is_file():
             matches = [path]
         else:
@@ -77,7 +85,7 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
     reader = _reader(path)
     if reader is None:
         raise InputError(f"input {path}: unknown suffix; known: {', '.join(_READERS)}.")
-    return reader(path)
+    return _or_empty(reader(path), path)
 
 
 def raw_text(record: Record, *, text_key: str = "text", id_key: str = "id") -> RawText | BrokenRecord:
@@ -90,24 +98,24 @@ def raw_text(record: Record, *, text_key: str = "text", id_key: str = "id") -> R
         reason, detail = "text is no string", f"{text_key!r} is a {type(text).__name__}"
     elif not text.strip():
         reason, detail = "empty text", f"{text_key!r} has no visible character"
-    elif any("\ud800" <= character <= "\udfff" for character in text):
+    elif not _is_unicode(text):
         reason, detail = "lone surrogate", f"{text_key!r} holds half of a surrogate pair, which is no text"
     if reason is not None:
-        return BrokenRecord(path=record.path, line=record.line, reason=reason, detail=detail, raw=json.dumps(record.value))
+        return BrokenRecord(path=record.path, line=record.line, reason=reason, detail=detail, raw=json.dumps(record.value, default=str))
     return RawText(id=str(record.value.get(id_key, f"{record.path.name}:{record.line}")), text=text)
 
 
-def _json_lines(stream: io.BufferedIOBase, path: Path) -> Iterator[Record | BrokenRecord]:
-    lines = iter(stream)
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = next(lines)
-        except StopIteration:
-            return
-        except (EOFError, OSError, ValueError) as error:
-            raise InputError(f"{path}:{number}: the file is cut short or corrupt ({error}); fetch it again.") from error
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_lines(lines: Iterable[bytes], path: Path, *, first_line: int = 1) -> Iterator[Record | BrokenRecord]:
+    """Yield the object of each line that is not blank. first_line: number of the first of `lines` in the file `path`."""
+    for number, line in enumerate(lines, first_line):
         if not line.strip():
             continue
         try:
@@ -127,14 +135,26 @@ def _broken(path: Path, line: int, reason: str, detail: str, raw: bytes) -> Brok
     return BrokenRecord(path=path, line=line, reason=reason, detail=detail, raw=raw.decode("utf-8", "backslashreplace").rstrip("\n"))
 
 
+def _or_empty(records: Iterator[Record | BrokenRecord], path: Path) -> Iterator[Record | BrokenRecord]:
+    found = False
+    for item in records:
+        found = True
+        yield item
+    if not found:
+        yield BrokenRecord(path=path, line=1, reason="empty file", detail="the file holds no document", raw="")
+
+
 def _read_jsonl(path: Path) -> Iterator[Record | BrokenRecord]:
     with open(path, "rb") as stream:
-        yield from _json_lines(stream, path)
+        yield from json_lines(stream, path)
 
 
 def _read_gzip(path: Path) -> Iterator[Record | BrokenRecord]:
     with gzip.open(path, "rb") as stream:
-        yield from _json_lines(stream, path)
+        try:
+            yield from json_lines(stream, path)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _cut_short(path, error) from error
 
 
 def _read_zstandard(path: Path) -> Iterator[Record | BrokenRecord]:
@@ -142,11 +162,39 @@ def _read_zstandard(path: Path) -> Iterator[Record | BrokenRecord]:
         import zstandard
     except ImportError as error:
         raise MissingPackageError("zstandard", extra="data", purpose=f"reading {path}") from error
-    try:
-        with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-            yield from _json_lines(io.BufferedReader(stream), path)
-    except zstandard.ZstdError as error:
-        raise InputError(f"{path}: the file is cut short or corrupt ({error}); fetch it again.") from error
+    with open(path, "rb") as stream:
+        try:
+            yield from json_lines(_lines(_decompressed(stream, zstandard.ZstdDecompressor())), path)
+        except (EOFError, zstandard.ZstdError) as error:
+            raise _cut_short(path, error) from error
+
+
+def _decompressed(stream: IO[bytes], decompressor: Any) -> Iterator[bytes]:
+    """Decompress frame by frame, and notice an unfinished one (zstandard 0.25's stream_reader takes it for the end of the file)."""
+    frame = None
+    while chunk := stream.read(_CHUNK):
+        while chunk:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame is unfinished")
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    pieces: list[bytes] = []
+    for chunk in chunks:
+        lines = chunk.split(b"\n")
+        pieces.append(lines[0])
+        for line in lines[1:]:
+            yield b"".join(pieces)
+            pieces = [line]
+    yield b"".join(pieces)
+
+
+def _cut_short(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: the file is cut short or corrupt ({error}); fetch it again.")
 
 
 def _read_parquet(path: Path) -> Iterator[Record | BrokenRecord]:

@@ -1,0 +1,120 @@
+"""Megatron's indexed data set: PREFIX.bin (tokens) and PREFIX.idx (where each sequence and document lies).
+
+PREFIX.bin has no header: the tokens of all sequences one after another, in one dtype. PREFIX.idx, little-endian: magic (9 bytes),
+uint64 version 1, uint8 dtype code, uint64 number of sequences S, uint64 length D of the document array, int32[S] tokens per
+sequence, int64[S] byte offset of each, int64[D] document boundaries as sequence indices, from 0 to S.
+Source: megatron.core.datasets.indexed_dataset, megatron-core 0.19; the bytes are the same, and a test compares them. Written anew
+because importing that module loads torch, and because its index is a Python list in memory.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_instruct.errors import InputError
+
+Tokens = npt.NDArray[Any]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)
+}
+_HEADER = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 20
+"""Entries of the index written at a time."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype for ids below vocab_size: uint16 below 65,500, else int32 (megatron-core's DType.optimal_dtype)."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def bin_file(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_file(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def write_index(stream: IO[bytes], dtype: np.dtype[Any], lengths: Sequence[npt.NDArray[np.int32]]) -> None:
+    """Write the .idx of a data set in which every document is one sequence.
+
+    lengths: tokens per document, as one or more arrays (memory-mapped ones are read piece by piece).
+    """
+    count = sum(len(part) for part in lengths)
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    stream.write(_HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+    for piece in _pieces(lengths):
+        stream.write(piece.astype("<i4").tobytes())
+    offset = 0
+    for piece in _pieces(lengths):
+        ends = offset + np.cumsum(piece, dtype="<i8") * dtype.itemsize
+        stream.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+        offset = int(ends[-1])
+    for start in range(0, count + 1, _CHUNK):
+        stream.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").tobytes())
+
+
+def _pieces(lengths: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
+    for part in lengths:
+        for start in range(0, len(part), _CHUNK):
+            yield part[start : start + _CHUNK]
+
+
+class IndexedDataset:
+    """A data set opened for reading, memory-mapped. Raises InputError, with the first fault, for files that are none.
+
+    sequence_lengths: int32 [S] tokens; sequence_offsets: int64 [S] bytes; document_bounds: int64 [D]; tokens: [N] of `dtype`.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        index = idx_file(prefix)
+        for file in (index, bin_file(prefix)):
+            if not file.is_file():
+                raise InputError(f"{file}: no such file; give the data set's prefix, without .bin or .idx.")
+        with open(index, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(MAGIC):
+            raise InputError(f"{index} is not the index of a Megatron indexed data set: its first bytes are {header[:9]!r}.")
+        _, version, code, sequences, bounds = _HEADER.unpack(header)
+        if version != VERSION or code not in DTYPES:
+            raise InputError(f"{index} has version {version} and dtype code {code}; known are version {VERSION} and codes 1 to 8.")
+        self.dtype = DTYPES[code]
+        size, needed = index.stat().st_size, _HEADER.size + 12 * sequences + 8 * bounds
+        if size not in (needed, needed + sequences):  # one byte more per sequence holds its mode, in multimodal data
+            raise InputError(f"{index} has {size} bytes; {sequences} sequences and {bounds} document bounds take {needed}.")
+        self.sequence_lengths: npt.NDArray[np.int32] = self._array(index, "<i4", _HEADER.size, sequences)
+        self.sequence_offsets: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 4 * sequences, sequences)
+        self.document_bounds: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 12 * sequences, bounds)
+        size = bin_file(prefix).stat().st_size
+        if size % self.dtype.itemsize:
+            raise InputError(f"{bin_file(prefix)} has {size} bytes, which is no multiple of {self.dtype.itemsize}, the size of a token.")
+        self.tokens: Tokens = self._array(bin_file(prefix), self.dtype.str, 0, size // self.dtype.itemsize)
+
+    @staticmethod
+    def _array(path: Path, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
+        if count == 0:
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return max(len(self.document_bounds) - 1, 0)
+
+    def document(self, number: int) -> Tokens:
+        """Return the tokens of one document."""
+        first, last = int(self.document_bounds[number]), int(self.document_bounds[number + 1])
+        sequences = [self._sequence(index) for index in range(first, last)]
+        return np.concatenate(sequences) if sequences else np.empty(0, self.dtype)
+
+    def _sequence(self, index: int) -> Tokens:
+        start = int(self.sequence_offsets[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sequence_lengths[index])]

@@ -1,0 +1,153 @@
+"""Is this data set what it should be? Structure, token range, document bounds, and what its manifest says.
+
+Comes in: a prefix. Goes out: what was found, with every fault in words; nothing is repaired.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_instruct.errors import InputError
+from megatron_instruct.files import sha256_of
+from megatron_instruct.manifest import Manifest, read_manifest
+from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, token_dtype
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a data set holds. faults is empty when all is well."""
+
+    documents: int
+    tokens: int
+    dtype: str
+    smallest: int | None
+    """Smallest token id; None without tokens."""
+    largest: int | None
+    empty_documents: int
+    ended_documents: int | None
+    """Documents whose last token is the end-of-document token; None when that is unknown."""
+    faults: tuple[str, ...]
+
+
+def verify(prefix: Path, *, vocab_size: int | None, eod: int | None) -> Findings:
+    """Check the files by themselves. Raises InputError for files that cannot even be opened as a data set.
+
+    vocab_size: ids must be below it. eod: id of the end-of-document token.
+    """
+    dataset = IndexedDataset(prefix)
+    faults = [*_sequence_faults(dataset), *_bound_faults(dataset)]
+    smallest, largest = _range(dataset)
+    if smallest is not None and smallest < 0:
+        faults.append(f"the smallest token id is {smallest}; ids start at 0")
+    if vocab_size is not None and largest is not None and largest >= vocab_size:
+        faults.append(f"the largest token id is {largest}; the tokenizer's vocabulary has {vocab_size}: another tokenizer made the data")
+    sound = not faults
+    return Findings(
+        documents=len(dataset),
+        tokens=len(dataset.tokens),
+        dtype=dataset.dtype.name,
+        smallest=smallest,
+        largest=largest,
+        empty_documents=_empty_documents(dataset) if sound else 0,
+        ended_documents=_ended_documents(dataset, eod) if sound and eod is not None else None,
+        faults=tuple(faults),
+    )
+
+
+def manifest_file(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".manifest.json")
+
+
+def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[str]:
+    """Compare a data set with its manifest: content, counts, dtype, ends of documents."""
+    faults = []
+    for output in manifest.outputs:
+        content = sha256_of(prefix.parent / output.path)
+        if content != output.sha256:
+            faults.append(f"{output.path} has the SHA-256 {content[:12]}…; its manifest says {output.sha256[:12]}…: it was changed")
+    for name, value in (("documents", found.documents), ("tokens", found.tokens)):
+        if manifest.counts.get(name) != value:
+            faults.append(f"the data set has {value} {name}; its manifest says {manifest.counts.get(name)}")
+    came_in, set_aside = manifest.counts.get("documents_in"), sum(manifest.rejected.values())
+    if came_in != found.documents + set_aside:
+        faults.append(f"{came_in} documents came in, but {found.documents} + {set_aside} rejected are there")
+    tokenizer = manifest.facts.get("tokenizer", {})
+    if "vocab_size" in tokenizer and found.dtype != token_dtype(tokenizer["vocab_size"]).name:
+        faults.append(f"the tokens are {found.dtype}; a vocabulary of {tokenizer['vocab_size']} takes another dtype")
+    if found.empty_documents:
+        faults.append(f"{found.empty_documents} documents have no token")
+    if manifest.settings.get("append_eod") and found.ended_documents not in (None, found.documents):
+        faults.append(f"only {found.ended_documents} of {found.documents} documents end with the end-of-document token")
+    return faults
+
+
+def own_manifest(prefix: Path) -> Manifest:
+    """Read the manifest of the data set at `prefix`, or raise InputError."""
+    return read_manifest(manifest_file(prefix), stage="preprocess")
+
+
+def require_sound(prefix: Path, faults: list[str]) -> None:
+    """Raise InputError that lists the faults, if there are any."""
+    if faults:
+        raise InputError(f"data set {prefix} has {len(faults)} fault(s):\n  - " + "\n  - ".join(faults))
+
+
+def _spans(count: int) -> Iterator[slice]:
+    for start in range(0, count, _CHUNK):
+        yield slice(start, min(start + _CHUNK, count))
+
+
+def _sequence_faults(dataset: IndexedDataset) -> Iterator[str]:
+    end = 0
+    for span in _spans(len(dataset.sequence_lengths)):
+        lengths = dataset.sequence_lengths[span].astype(np.int64)
+        if (lengths < 0).any():
+            yield f"sequence {span.start + int(np.argmax(lengths < 0))} has a negative length"
+            return
+        ends = end + np.cumsum(lengths) * dataset.dtype.itemsize
+        wrong = dataset.sequence_offsets[span] != ends - lengths * dataset.dtype.itemsize
+        if wrong.any():
+            yield f"sequence {span.start + int(np.argmax(wrong))} does not start where the one before it ends"
+            return
+        end = int(ends[-1])
+    size = len(dataset.tokens) * dataset.dtype.itemsize
+    if end != size:
+        yield f"{bin_file(dataset.prefix).name} has {size} bytes; the index describes {end}"
+
+
+def _bound_faults(dataset: IndexedDataset) -> Iterator[str]:
+    bounds, sequences = dataset.document_bounds, len(dataset.sequence_lengths)
+    if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != sequences:
+        ends = f"{bounds[0]} to {bounds[-1]}" if len(bounds) else "nothing"
+        yield f"the document bounds run over {ends}; they must run from 0 to {sequences}, the number of sequences"
+    elif any((bounds[span.start + 1 : span.stop + 1] < bounds[span][: len(bounds) - 1 - span.start]).any() for span in _spans(len(bounds))):
+        yield "the document bounds are not in order"
+
+
+def _range(dataset: IndexedDataset) -> tuple[int | None, int | None]:
+    extremes = [(int(dataset.tokens[span].min()), int(dataset.tokens[span].max())) for span in _spans(len(dataset.tokens))]
+    return (min(low for low, _ in extremes), max(high for _, high in extremes)) if extremes else (None, None)
+
+
+def _token_bounds(dataset: IndexedDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield, for one run of documents after another, the first token and the token past the last, int64."""
+    size = dataset.dtype.itemsize
+    for span in _spans(len(dataset)):
+        bounds = dataset.document_bounds[span.start : span.stop + 1]
+        at = np.minimum(bounds, max(len(dataset.sequence_lengths) - 1, 0))
+        tokens = np.where(bounds < len(dataset.sequence_lengths), dataset.sequence_offsets[at] // size, len(dataset.tokens))
+        yield tokens[:-1], tokens[1:]
+
+
+def _empty_documents(dataset: IndexedDataset) -> int:
+    return sum(int((first == end).sum()) for first, end in _token_bounds(dataset)) if len(dataset.sequence_lengths) else len(dataset)
+
+
+def _ended_documents(dataset: IndexedDataset, eod: int) -> int:
+    if not len(dataset.tokens):
+        return 0
+    return sum(int((dataset.tokens[end[end > first] - 1] == eod).sum()) for first, end in _token_bounds(dataset))

@@ -1,0 +1,173 @@
+"""Parts encoded by several processes.
+
+Comes in: numbered parts. Goes out: one finished folder for each. A worker that dies is noticed at once and named; workers whose
+parent dies end at once, so that they never meet those of the next run. Does not know: what a part becomes afterwards.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.corpora.parts import Part
+from megatron_instruct.errors import InputError, MegatronInstructError
+from megatron_instruct.preprocessing.encode import EncodeOptions, encode_part
+from megatron_instruct.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What every worker needs to start."""
+
+    tokenizer_path: Path
+    fingerprint: str
+    """That of the tokenizer as the parent process loaded it."""
+    options: EncodeOptions
+    log_interval: int
+    """Documents between two reports."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    part: Part
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Report:
+    """From a worker: documents done since the last report; finished with the part or not."""
+
+    documents: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """From a worker: an error that the user can mend. As text, since an exception's own arguments need not survive the pipe."""
+
+    kind: type[Exception]
+    message: str
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: SpawnProcess
+    connection: "Connection[Any, Any]"
+    part: Part | None = None
+
+
+def encode_parts(work: Mapping[Path, Part], setup: WorkerSetup, *, workers: int, report: Callable[[int], None]) -> None:
+    """Encode each part into its folder. report: called with the number of documents done since the last call.
+
+    Raises the first error of a worker, and MegatronInstructError for a worker that died; the other workers are stopped then.
+    """
+    waiting = [_Work(part, folder) for folder, part in reversed(list(work.items()))]
+    with _started(min(workers, len(waiting)), setup) as team:
+        for worker in team:
+            _hand_out(worker, waiting)
+        while any(worker.part for worker in team):
+            for worker in _with_news(team):
+                message = _receive(worker)
+                if isinstance(message, _Failure):
+                    # Not called, since a class may take other arguments than its message.
+                    raise message.kind.__new__(message.kind, message.message)
+                report(message.documents)
+                if message.finished:
+                    _hand_out(worker, waiting)
+
+
+def _hand_out(worker: _Worker, waiting: list[_Work]) -> None:
+    work = waiting.pop() if waiting else None
+    worker.part = work.part if work else None
+    try:
+        worker.connection.send(work)
+    except BrokenPipeError:
+        raise _death_of(worker) from None
+
+
+def _with_news(team: Iterable[_Worker]) -> list[_Worker]:
+    busy = [worker for worker in team if worker.part]
+    ready = set(wait([thing for worker in busy for thing in (worker.connection, worker.process.sentinel)]))
+    return [worker for worker in busy if {worker.connection, worker.process.sentinel} & ready]
+
+
+def _receive(worker: _Worker) -> _Report | _Failure:
+    try:
+        if worker.connection.poll():
+            message: _Report | _Failure = worker.connection.recv()
+            return message
+    except (EOFError, ConnectionResetError):
+        pass  # the other end is closed: the worker is gone, as below
+    raise _death_of(worker)
+
+
+def _death_of(worker: _Worker) -> MegatronInstructError:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    why = "the machine may have run out of memory: try fewer --workers" if code == -signal.SIGKILL else "its messages are above"
+    return MegatronInstructError(
+        f"worker {worker.number} (process {worker.process.pid}) {how} while encoding {worker.part}; {why}. "
+        "Finished parts are kept: run the same command again to go on."
+    )
+
+
+@contextmanager
+def _started(count: int, setup: WorkerSetup) -> Any:
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks of the tokenizers library
+    team: list[_Worker] = []
+    try:
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, setup), name=f"preprocess-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            team.append(_Worker(number, process, ours))
+        yield team
+        for worker in team:
+            worker.process.join()
+    finally:
+        for worker in team:
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
+
+
+def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
+    """A worker's life: one part after another until it is handed None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    try:
+        tokenizer = load_tokenizer(setup.tokenizer_path)
+        if tokenizer.fingerprint != setup.fingerprint:
+            raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
+        while (work := connection.recv()) is not None:
+            pending = 0
+
+            def report(documents: int) -> None:
+                nonlocal pending
+                pending += documents
+                if pending >= setup.log_interval:
+                    connection.send(_Report(pending, finished=False))
+                    pending = 0
+
+            encode_part(work.part, work.folder, tokenizer, setup.options, report)
+            connection.send(_Report(pending, finished=True))
+    except (MegatronInstructError, OSError) as error:
+        connection.send(_Failure(type(error), str(error)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is always a child"
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,54 @@
+"""The folder of unfinished work: one run at a time, and no leftovers of another one.
+
+Comes in: a plan, any JSON value, that decides what the parts hold. A folder that holds the parts of the same plan is gone on with;
+parts of another plan are removed.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.files import read_json, write_json
+
+_PLAN, _LOCK = "plan.json", "lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; raise ConfigError where another one holds it. The lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another output_prefix.") from None
+        yield
+
+
+def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path]) -> None:
+    """Make `folder` hold `plan` and no parts but its own. To be called with the folder locked.
+
+    Raises InputError where files of `outputs` exist already that no run of this folder began.
+    """
+    plan = json.loads(json.dumps(plan))
+    plan_file = folder / _PLAN
+    if not plan_file.is_file():
+        for output in outputs:
+            if output.exists():
+                raise InputError(
+                    f"{output} exists already and has no manifest: it is not this tool's, or its manifest was removed; "
+                    "choose another output_prefix or remove it."
+                )
+    elif read_json(plan_file) == plan:
+        return
+    else:
+        print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
+    for leftover in folder.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    write_json(plan_file, plan)
