@@ -209,7 +209,7 @@ def _read_parquet(path: Path) -> Iterator[Record | BrokenRecord]:
             for value in batch.to_pylist():
                 row += 1
                 yield Record(path=path, line=row, value=value)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable Parquet file ({error}).") from error
 
 

@@ -1,0 +1,127 @@
+"""Killed at any moment and run again, preprocessing ends with the same bytes; a dead worker is noticed and named."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.preprocessing.config import PreprocessConfig
+from megatron_instruct.preprocessing.run import run
+from megatron_instruct.preprocessing.workspace import locked
+
+Start = Callable[..., subprocess.Popen[str]]
+LIMIT = 60.0
+"""Seconds before a test gives up waiting."""
+
+
+@pytest.fixture
+def large_corpus(corpus: Path) -> Path:
+    """About 12 MB: some seconds of work, so that there is something to interrupt."""
+    corpus.write_bytes(corpus.read_bytes() * 60)
+    return corpus
+
+
+def arguments(corpus: Path, prefix: Path, tokenizer: Path) -> list[object]:
+    return [
+        *("--input", corpus, "--output-prefix", prefix, "--tokenizer-model", tokenizer),
+        *("--append-eod", "--workers", 2, "--partitions", 40),
+    ]
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not what():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.005)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a run to end well, and return what it printed."""
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    return out
+
+
+def finished_parts(prefix: Path) -> int:
+    return len(list(prefix.parent.glob(f"{prefix.name}.parts/*/summary.json")))
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start) -> None:
+    finish(start("preprocess_data.py", *arguments(large_corpus, tmp_path / "calm" / "a", tokenizer_folder)))
+    prefix = tmp_path / "killed" / "a"
+    for moment in (0, 1, 12, 25):
+        process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
+        wait_until(lambda wanted=moment: prefix.with_name("a.parts").is_dir() and finished_parts(prefix) >= wanted)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.communicate()
+        wait_until(lambda orphans=workers: not any(orphan.is_running() and orphan.status() != "zombie" for orphan in orphans))
+        assert not (prefix.parent / "a_text_document.manifest.json").exists()
+    out = finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
+    assert "parts are finished already; going on with the rest" in out
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "calm")
+
+
+def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
+    tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start
+) -> None:
+    prefix = tmp_path / "a"
+    process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
+    wait_until(lambda: finished_parts(prefix) >= 2)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())  # the others are multiprocessing's own
+    ]
+    os.kill(workers[0].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert f"(process {workers[0].pid}) was killed by SIGKILL while encoding {large_corpus} lines" in err
+    assert "fewer --workers" in err
+    assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+    finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
+
+
+def test_leftovers_of_a_run_with_other_settings_are_not_taken(
+    tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start
+) -> None:
+    prefix = tmp_path / "killed" / "a"
+    process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
+    wait_until(lambda: finished_parts(prefix) >= 3)
+    process.kill()
+    process.communicate()
+    large_corpus.write_bytes(large_corpus.read_bytes().replace(b"bug", b"gub"))
+    for folder in (prefix, tmp_path / "calm" / "a"):
+        out = finish(start("preprocess_data.py", *arguments(large_corpus, folder, tokenizer_folder)))
+        assert ("Leftovers of an unfinished run" in out) == (folder == prefix)
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "calm")
+
+
+def test_two_runs_at_one_prefix_are_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    config = PreprocessConfig(input=(str(corpus),), output_prefix=tmp_path / "a", tokenizer_model=tokenizer_folder, workers=1)
+    with locked(tmp_path / "a.parts"), pytest.raises(ConfigError, match="another run is writing"):
+        run(config)
+    run(config)
+
+
+def test_a_run_that_stopped_at_a_bad_line_goes_on_once_it_is_mended(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    good = corpus.read_bytes()
+    corpus.write_bytes(good + b"{broken\n")
+    config = PreprocessConfig(input=(str(corpus),), output_prefix=tmp_path / "a", tokenizer_model=tokenizer_folder, workers=1)
+    with pytest.raises(Exception, match=r"corpus.jsonl:401: broken JSON"):
+        run(config)
+    corpus.write_bytes(good)
+    assert run(config)["text"].counts["documents"] == 400
+    manifest = json.loads((tmp_path / "a_text_document.manifest.json").read_text())
+    assert manifest["counts"]["documents_in"] == 400
