@@ -46,6 +46,12 @@ class Progress:
     def _line(self) -> None:
         self._last = time.monotonic()
         meter = tqdm.format_meter(
-            self._done, self._total, self._last - self._start, prefix=self._description, unit=f" {self._unit}", postfix=self._note, ncols=0
+            self._done,
+            self._total,  # type: ignore[arg-type]  # None means unknown; the library's stub forgets it
+            self._last - self._start,
+            prefix=self._description,
+            unit=f" {self._unit}",
+            postfix=self._note,
+            ncols=0,
         )
         print(meter, file=sys.stderr, flush=True)

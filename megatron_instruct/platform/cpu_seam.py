@@ -75,10 +75,6 @@ def _cpu_tracker(original: type) -> Any:
     return CpuRNGStatesTracker
 
 
-def _fused_cpu_adamw(_: Any) -> Any:
-    return functools.partial(torch.optim.AdamW, fused=True)
-
-
 def _distributed_optimizer_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_states(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         return original(optimizer, model_param, {"step": None, **tensors})
@@ -127,11 +123,10 @@ REPLACEMENTS = (
         make=_cpu_tracker,
     ),
     Replacement(
-        symbol="megatron.core.optimizer:Adam",
-        why="Transformer Engine's fused Adam is taken where it is installed, and fails on CPU tensors; torch's is fused too",
-        make=_fused_cpu_adamw,
+        symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+        why="Transformer Engine's fused Adam fails on CPU tensors",
+        make=lambda _: True,
     ),
-    Replacement(symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", why="says that Adam is torch's", make=lambda _: True),
     Replacement(symbol="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", why="says that Adam is torch's", make=lambda _: False),
     Replacement(
         symbol="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",

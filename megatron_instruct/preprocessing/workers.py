@@ -146,6 +146,7 @@ def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    work: _Work | None = None
     try:
         tokenizer = load_tokenizer(setup.tokenizer_path)
         if tokenizer.fingerprint != setup.fingerprint:
@@ -162,8 +163,11 @@ def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
 
             encode_part(work.part, work.folder, tokenizer, setup.options, report)
             connection.send(_Report(pending, finished=True))
-    except (MegatronInstructError, OSError) as error:
+    except MegatronInstructError as error:
         connection.send(_Failure(type(error), str(error)))
+    except OSError as error:
+        where = f" while encoding {work.part} into {work.folder.parent}" if work is not None else ""
+        connection.send(_Failure(OSError, f"{error}{where}"))
 
 
 def _end_with_parent() -> None:

@@ -49,6 +49,18 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The worker processes of a run; multiprocessing's own helper process is none."""
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def finished_parts(prefix: Path) -> int:
     return len(list(prefix.parent.glob(f"{prefix.name}.parts/*/summary.json")))
 
@@ -63,10 +75,10 @@ def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path: Path, large_cor
     for moment in (0, 1, 12, 25):
         process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
         wait_until(lambda wanted=moment: prefix.with_name("a.parts").is_dir() and finished_parts(prefix) >= wanted)
-        workers = psutil.Process(process.pid).children(recursive=True)
+        workers = workers_of(process)
         process.kill()
         process.communicate()
-        wait_until(lambda orphans=workers: not any(orphan.is_running() and orphan.status() != "zombie" for orphan in orphans))
+        wait_until(lambda orphans=workers: not any(map(lives, orphans)))
         assert not (prefix.parent / "a_text_document.manifest.json").exists()
     out = finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
     assert "parts are finished already; going on with the rest" in out
@@ -79,18 +91,28 @@ def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
     prefix = tmp_path / "a"
     process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
     wait_until(lambda: finished_parts(prefix) >= 2)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "spawn_main" in " ".join(child.cmdline())  # the others are multiprocessing's own
-    ]
+    workers = workers_of(process)
     os.kill(workers[0].pid, signal.SIGKILL)
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert f"(process {workers[0].pid}) was killed by SIGKILL while encoding {large_corpus} lines" in err
     assert "fewer --workers" in err
-    assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+    assert not any(map(lives, workers))
     finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
+
+
+def test_ctrl_c_ends_all_workers_with_one_line(tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start) -> None:
+    prefix = tmp_path / "a"
+    process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
+    wait_until(lambda: finished_parts(prefix) >= 2)
+    workers = workers_of(process)
+    for target in (process, *workers):  # a terminal sends it to all of them
+        target.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130
+    assert "interrupted; finished work is kept" in err
+    assert "Traceback" not in err
+    assert not any(map(lives, workers))
 
 
 def test_leftovers_of_a_run_with_other_settings_are_not_taken(

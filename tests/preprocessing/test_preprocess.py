@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -191,6 +192,21 @@ def test_an_unwritable_output_exits_with_1_and_says_so(
     arguments = ["--input", str(corpus), "--output-prefix", str(corpus / "a"), "--tokenizer-model", str(tokenizer_folder)]
     assert main(arguments) == 1
     assert "corpus.jsonl" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_place_and_the_run_goes_on_later(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*("--input", str(corpus), "--output-prefix", str(tmp_path / "a"), "--tokenizer-model", str(tokenizer_folder))]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file that cannot grow stands for a disk that is full
+    try:
+        assert main(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"while encoding {corpus} into {tmp_path / 'a.parts'}; finished work is kept" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*_document*"))
+    assert main(arguments) == 0
 
 
 def test_a_stage_output_that_was_changed_is_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:

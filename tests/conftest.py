@@ -1,4 +1,4 @@
-"""Real tokenizers and corpora, made on the spot."""
+"""What the tests of several rooms share: real tokenizers, the real small model, tools started as a user starts them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {
         "id": str(number),
@@ -19,6 +19,7 @@ ROWS = [
     }
     for number in range(400)
 ]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +47,45 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def jargon() -> list[dict[str, str]]:
+    """The entries of the Jargon File that the project ships."""
+    lines = (ROOT / "examples" / "quickstart" / "jargon.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(pytestconfig: pytest.Config) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, kept in pytest's cache from one run to the next."""
+    folder = Path(pytestconfig.cache.mkdir("models")) / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        command = [sys.executable, str(ROOT / "examples" / "quickstart" / "smollm2.py"), str(folder)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[str]]:
     """Start a tool of tools/ as a user does, in a process of its own."""
 
     def start_tool(tool: str, *arguments: object) -> subprocess.Popen[str]:
         command: Sequence[str] = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
 
     return start_tool
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python file with arguments in `processes` processes that torchrun starts, to their end."""
+
+    def run(processes: int, script: Path, *arguments: object, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*launcher, str(script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=_environment(), check=False)
+
+    return run
