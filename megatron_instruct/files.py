@@ -4,6 +4,7 @@ A write goes to a temporary name in the same folder, is flushed to the disk and 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -12,29 +13,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_instruct.errors import InputError
+from megatron_instruct.errors import ConfigError, InputError
 
 TEMPORARY_SUFFIX = ".partial"
+LOCK = "lock"
+"""Name of the empty file in a folder that a run holds while it writes there."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` (mode "w" for UTF-8 text, "wb" for bytes) that takes its name when the block succeeds."""
+    """Open a temporary file beside `path` (mode "w" for UTF-8 text, "wb" for bytes) that takes its name when the block succeeds.
+
+    When the block fails, the temporary file is removed; a killed process leaves it, and the next write replaces it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that takes the name `path` when the block succeeds; `path` must not exist yet.
 
-    Leftovers of an interrupted run under the temporary name are removed first.
+    When the block fails, the temporary folder is removed; what a killed process left under its name is removed first.
     """
     if path.exists():
         raise InputError(f"{path} exists already; choose another folder or remove it.")
@@ -42,12 +52,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    yield temporary
-    for file in sorted(temporary.rglob("*")):
-        if file.is_file():
-            _sync(file)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    try:
+        yield temporary
+        for entry in (*sorted(temporary.rglob("*")), temporary):
+            _sync(entry)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold `folder` for this process; yield the lock's file descriptor, which a child process may inherit to hold it too.
+
+    Raises ConfigError where another process holds it. The lock ends with its holders, however they end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another output.") from None
+        yield lock.fileno()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,12 +102,9 @@ def sha256_of(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    _sync(path)

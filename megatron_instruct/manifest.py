@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_instruct import __version__
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import read_json, sha256_of, write_json
+from megatron_instruct.files import TEMPORARY_SUFFIX, read_json, sha256_of, write_json
 
 FORMAT = 1
 
@@ -59,11 +59,15 @@ def record(path: Path, *, relative_to: Path | None = None) -> FileRecord:
 
 
 def records(paths: Iterable[Path], *, relative_to: Path | None = None) -> tuple[FileRecord, ...]:
-    """Fingerprint files, and every file below folders, in sorted order; an existing manifest.json is not part of the result."""
+    """Fingerprint files, and every file below folders, in sorted order.
+
+    Not part of a result: an existing manifest.json, and temporary files that a killed run left.
+    """
     found: list[Path] = []
     for path in paths:
         found += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    return tuple(record(path, relative_to=relative_to) for path in found if path.name != "manifest.json")
+    kept = [path for path in found if path.name != "manifest.json" and not path.name.endswith(TEMPORARY_SUFFIX)]
+    return tuple(record(path, relative_to=relative_to) for path in kept)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -86,7 +90,10 @@ def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:
         content["outputs"] = tuple(FileRecord(**item) for item in content["outputs"])
         manifest = Manifest(**content)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); run its stage again.") from error
+        raise InputError(f"{path} is damaged ({error}); remove it and run its stage again.") from error
+    for name in ("settings", "counts", "rejected", "facts"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise InputError(f"{path} is damaged ({name} is no mapping); remove it and run its stage again.")
     if stage is not None and manifest.stage != stage:
         raise InputError(f"{path} was written by the stage {manifest.stage!r}; a result of {stage!r} is needed here.")
     for output in manifest.outputs:
@@ -118,3 +125,15 @@ def finished(path: Path, *, stage: str, settings: Mapping[str, Any], inputs: Ite
     if before != sorted((item.bytes, item.sha256) for item in inputs):
         raise ConfigError(f"{path.parent} holds a result made from other inputs; choose another output or remove {path}.")
     return manifest
+
+
+def check_stage_outputs(files: Iterable[Path], inputs: Iterable[FileRecord]) -> None:
+    """Check files that an earlier stage wrote against the manifest beside them; files of other origin have none."""
+    for file, known in zip(files, inputs, strict=True):
+        path = file.parent / "manifest.json"
+        content = read_json(path) if path.is_file() else None
+        if not isinstance(content, dict) or not {"format", "stage", "outputs"} <= content.keys():
+            continue
+        written = {output.path: output for output in read_manifest(path).outputs}
+        if file.name in written and written[file.name].sha256 != known.sha256:
+            raise InputError(f"{file} was changed after the stage {content['stage']!r} wrote it; remove {path} and run that stage again.")

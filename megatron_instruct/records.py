@@ -56,14 +56,18 @@ class InstructionPair:
         kind = value.get("kind", "free_form")
         if kind not in get_args(PairKind):
             raise InputError(f"{where}: pair kind {kind!r} is none of {', '.join(get_args(PairKind))}.")
-        rationale = value.get("rationale")
+        options, rationale, provenance = value.get("options") or [], value.get("rationale"), value.get("provenance") or {}
+        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+            raise InputError(f"{where}: 'options' is {options!r}; it must be a list of strings.")
+        if not isinstance(rationale, str | None):
+            raise InputError(f"{where}: 'rationale' is {rationale!r}; it must be a string or null.")
         return cls(
             question=_text(value, "question", where),
             answer=_text(value, "answer", where),
             kind=cast(PairKind, kind),
-            options=tuple(str(option) for option in value.get("options") or ()),
-            rationale=None if rationale is None else str(rationale),
-            provenance=value.get("provenance") or {},
+            options=tuple(options),
+            rationale=rationale,
+            provenance=_mapping(provenance, f"{where}: 'provenance'"),
         )
 
 
