@@ -9,8 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron_instruct.errors import InputError, MegatronInstructError
 from megatron_instruct.files import atomic_folder
 

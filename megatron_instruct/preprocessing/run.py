@@ -16,15 +16,15 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import Part, plan_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import read_json
-from megatron_instruct.manifest import FileRecord, Manifest, finished, read_manifest, records, write_manifest
+from megatron_instruct.files import locked
+from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.encode import EncodeOptions, PartSummary, read_summary
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file, token_dtype
 from megatron_instruct.preprocessing.merge import merge_rejects, merge_tokens
 from megatron_instruct.preprocessing.verify import manifest_faults, manifest_file, require_sound, verify
 from megatron_instruct.preprocessing.workers import WorkerSetup, encode_parts
-from megatron_instruct.preprocessing.workspace import locked, take_up
+from megatron_instruct.preprocessing.workspace import take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,7 +39,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     files = find_files(config.input)
     before = _states(files)
     inputs = records(files)
-    _check_stage_outputs(files, inputs)
+    check_stage_outputs(files, inputs)
     settings = {
         "json_keys": list(config.json_keys),
         "append_eod": config.append_eod,
@@ -73,18 +73,6 @@ def _load(config: PreprocessConfig) -> Tokenizer:
 
 def _states(files: Sequence[Path]) -> list[tuple[int, int]]:
     return [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
-
-
-def _check_stage_outputs(files: Sequence[Path], inputs: Sequence[FileRecord]) -> None:
-    """Check files that an earlier stage wrote against the manifest beside them; files of other origin have none."""
-    for file, known in zip(files, inputs, strict=True):
-        path = file.parent / "manifest.json"
-        content = read_json(path) if path.is_file() else None
-        if not isinstance(content, dict) or not {"format", "stage", "outputs"} <= content.keys():
-            continue
-        written = {output.path: output for output in read_manifest(path).outputs}
-        if file.name in written and written[file.name].sha256 != known.sha256:
-            raise InputError(f"{file} was changed after the stage {content['stage']!r} wrote it; remove {path} and run that stage again.")
 
 
 def _finished(config: PreprocessConfig, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> dict[str, Manifest] | None:

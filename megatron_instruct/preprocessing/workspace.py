@@ -1,33 +1,19 @@
-"""The folder of unfinished work: one run at a time, and no leftovers of another one.
+"""The folder of unfinished work: no leftovers of another run.
 
 Comes in: a plan, any JSON value, that decides what the parts hold. A folder that holds the parts of the same plan is gone on with;
 parts of another plan are removed.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json, write_json
 
-_PLAN, _LOCK = "plan.json", "lock"
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; raise ConfigError where another one holds it. The lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another output_prefix.") from None
-        yield
+_PLAN = "plan.json"
 
 
 def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path]) -> None:
