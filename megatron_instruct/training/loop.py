@@ -1,0 +1,139 @@
+"""The loop: data, step, schedule, metrics, validation, checkpoint, as plain calls."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
+from megatron_instruct.models.checkpoint import load_weights
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.platform.device import Machine
+from megatron_instruct.training import checkpoint
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.data import DataSources, batches, build_datasets
+from megatron_instruct.training.metrics import Metrics
+from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_instruct.training.plan import BatchPlan
+from megatron_instruct.training.start import Start
+from megatron_instruct.training.step import Batch, StepShape, train_step, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that one process of a run has in its hands."""
+
+    config: PretrainConfig
+    plan: BatchPlan
+    architecture: Architecture
+    identity: dict[str, Any]
+    start_iteration: int
+    models: list[Any]
+    """megatron-core's GPT model chunks, as checkpoints see them."""
+    chunks: list[Any]
+    """The same, wrapped for mixed precision and data parallelism, as the schedules see them."""
+    optimizer: Any
+    scheduler: Any
+    train_set: Any
+    valid_set: Any
+    device: torch.device
+
+
+def build_run(
+    config: PretrainConfig,
+    start: Start,
+    layout: ParallelLayout,
+    plan: BatchPlan,
+    sources: DataSources,
+    machine: Machine,
+    identity: dict[str, Any],
+) -> Run:
+    """Build model, optimizer and data on this rank, and read the checkpoint to start from."""
+    join_model_parallel_groups(layout, seed=config.batch.seed)
+    options = BuildOptions(
+        dtype="bf16" if config.parallel.bf16 else "fp32",
+        seed=config.batch.seed,
+        recompute=config.parallel.recompute_granularity,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        transformer_config=config.model.extra_settings,
+    )
+    models = build_model(start.architecture, layout, machine, options)
+    if start.path is not None and not start.resumes:
+        load_weights(start.path, models)
+    chunks = wrap_data_parallel(models, config.parallel)
+    optimizer = make_optimizer(chunks, config.parallel, config.batch, machine)
+    if start.path is not None and start.resumes:
+        checkpoint.resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
+    scheduler = make_scheduler(optimizer, config.batch)
+    scheduler.step(increment=start.iteration * plan.global_batch_size)
+    train_set, valid_set = build_datasets(config, sources, plan)
+    return Run(
+        config=config,
+        plan=plan,
+        architecture=start.architecture,
+        identity=identity,
+        start_iteration=start.iteration,
+        models=models,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_set=train_set,
+        valid_set=valid_set,
+        device=machine.device,
+    )
+
+
+def loop(run: Run, metrics: Metrics) -> None:
+    """Run every step from start_iteration to train_iters."""
+    options, plan = run.config.checkpoint, run.plan
+    data = _data(run, run.train_set, run.start_iteration, plan.train_iters - run.start_iteration)
+    shape = _shape(run, plan.num_microbatches)
+    if run.valid_set is not None and run.start_iteration == 0:
+        metrics.validation(0, _validation_loss(run))
+    metrics.restart_clock(run.start_iteration)
+    losses: list[float] = []
+    for iteration in range(run.start_iteration + 1, plan.train_iters + 1):
+        last = iteration == plan.train_iters
+        lr = run.optimizer.param_groups[0]["lr"]
+        result = train_step(run.chunks, run.optimizer, data, shape)
+        run.scheduler.step(increment=plan.global_batch_size)
+        losses.append(result.loss)
+        if last or iteration % options.log_interval == 0:
+            metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm)
+            losses.clear()
+        if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
+            metrics.validation(iteration, _validation_loss(run))
+            metrics.restart_clock(iteration)
+        if last or (options.save_interval and iteration % options.save_interval == 0):
+            checkpoint.save(
+                options.save, run.models, run.optimizer, iteration=iteration, architecture=run.architecture, identity=run.identity
+            )
+            metrics.restart_clock(iteration)
+
+
+def _validation_loss(run: Run) -> float:
+    """Return the mean loss over the first eval_iters global batches of the validation data."""
+    iterations = run.config.checkpoint.eval_iters
+    return validate(run.chunks, _data(run, run.valid_set, 0, iterations), _shape(run, run.plan.num_microbatches * iterations))
+
+
+def _shape(run: Run, num_microbatches: int) -> StepShape:
+    batch = run.config.batch
+    return StepShape(num_microbatches=num_microbatches, micro_batch_size=batch.micro_batch_size, seq_length=batch.seq_length)
+
+
+def _data(run: Run, dataset: Any, start_iteration: int, iterations: int) -> list[Iterator[Batch]]:
+    """Return one stream of microbatches a model chunk; every chunk walks through the same ones."""
+    rank = parallel_state.get_data_parallel_rank()
+    return [
+        batches(
+            dataset,
+            run.plan.microbatches(rank, start_iteration=start_iteration, iterations=iterations),
+            num_workers=run.config.data.num_workers,
+            device=run.device,
+        )
+        for _ in run.chunks
+    ]

@@ -1,0 +1,122 @@
+"""megatron-core's data-parallel wrapper, optimizer and learning-rate schedule from the settings."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_instruct.platform.device import Machine
+from megatron_instruct.training.config import BatchOptions, ParallelOptions
+
+
+def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> list[DistributedDataParallel]:
+    """Wrap a rank's model chunks for gradient reduction over the data-parallel ranks."""
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,  # the step looks at the loss, the optimizer at the norm
+    )
+    modules = [Float16Module(config, chunk) for chunk in chunks] if options.bf16 else list(chunks)
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
+        for number, module in enumerate(modules)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if options.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelOptions, batch: BatchOptions, machine: Machine) -> Any:
+    """Return AdamW as megatron-core builds it: sharded over data-parallel ranks where asked, with fp32 master weights under bf16."""
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=batch.lr,
+            min_lr=batch.min_lr,
+            weight_decay=batch.weight_decay,
+            adam_beta1=batch.adam_beta1,
+            adam_beta2=batch.adam_beta2,
+            adam_eps=batch.adam_eps,
+            clip_grad=batch.clip_grad,
+            bf16=options.bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+            overlap_param_gather=options.overlap_param_gather,
+        ),
+        list(chunks),
+    )
+    get_config = chunks[0].config
+    get_config.grad_scale_func = optimizer.scale_loss
+    if not machine.is_cuda:
+        for inner in torch_optimizers(optimizer):
+            for group in inner.param_groups:
+                group["fused"], group["foreach"] = True, False  # torch's one-pass CPU kernel; megatron-core builds the plain one
+    return optimizer
+
+
+def make_scheduler(optimizer: MegatronOptimizer, batch: BatchOptions) -> OptimizerParamScheduler:
+    """Return the schedule of the learning rate, which counts in samples."""
+    size = batch.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=batch.lr,
+        min_lr=batch.min_lr,
+        lr_warmup_steps=batch.lr_warmup_iters * size,
+        lr_decay_steps=(batch.lr_decay_iters or batch.train_iters) * size,
+        lr_decay_style=batch.lr_decay_style,
+        start_wd=batch.weight_decay,
+        end_wd=batch.weight_decay,
+        wd_incr_steps=batch.train_iters * size,
+        wd_incr_style="constant",
+    )
+
+
+def torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """Yield the torch optimizers inside megatron-core's."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:
+            yield part.optimizer
+
+
+def prepare_for_loading(optimizer: Any, machine: Machine) -> None:
+    """Allocate the state that a checkpoint is read into.
+
+    megatron-core 0.19.2 allocates it for Transformer Engine's and apex's Adam; for torch's AdamW under the distributed optimizer it
+    asserts that the state is there already.
+    """
+    if machine.is_cuda:
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            for parameter in _parameters(part.optimizer):
+                part.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def restore_step(optimizer: Any, iteration: int, machine: Machine) -> None:
+    """Set AdamW's step count after loading, which megatron-core 0.19.2 does not restore for torch's AdamW."""
+    if machine.is_cuda:
+        return
+    for inner in torch_optimizers(optimizer):
+        for parameter in _parameters(inner):
+            inner.state[parameter]["step"] = torch.tensor(float(iteration))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

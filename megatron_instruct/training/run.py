@@ -1,0 +1,87 @@
+"""tools/pretrain.py: settings in, checkpoints and metrics out.
+
+The walk: settings -> what to start from -> layout and batches -> data sources (all checked before processes meet)
+-> process group -> model -> optimizer -> data -> loop.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.config import run_tool
+from megatron_instruct.files import atomic_folder
+from megatron_instruct.manifest import Manifest, finished, write_manifest
+from megatron_instruct.training.config import PretrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/pretrain.py."""
+    return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+
+
+def run(config: PretrainConfig) -> None:
+    """Train, or go on training, until train_iters. Raises ConfigError, InputError or TrainingError."""
+    # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
+    from megatron_instruct.training.checkpoint import check_identity
+    from megatron_instruct.training.data import find_sources
+    from megatron_instruct.training.plan import plan_batches, plan_layout
+    from megatron_instruct.training.start import find_start, run_identity
+
+    start = find_start(config)
+    layout = plan_layout(config.parallel, start.architecture)
+    plan = plan_batches(config, layout)
+    sources = find_sources(config, start.tokenizer)
+    identity = run_identity(config, start, sources.fingerprint)
+    if finished(config.checkpoint.save / "manifest.json", stage="pretrain", settings=identity, inputs=()) is not None:
+        print(f"{config.checkpoint.save} holds the finished run already; nothing to do.")
+        return
+    if start.saved_identity is not None:
+        check_identity(config.checkpoint.save, start.saved_identity, identity)
+    _train(config, start, layout, plan, sources, identity)
+
+
+def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: Any, identity: dict[str, Any]) -> None:
+    """Build everything and run the loop. Every process runs this."""
+    import torch
+
+    from megatron_instruct.platform import device
+    from megatron_instruct.training.loop import build_run, loop
+    from megatron_instruct.training.metrics import Metrics, RunSize
+
+    machine = device.initialize(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    first = torch.distributed.get_rank() == 0
+    parts = build_run(config, start, layout, plan, sources, machine, identity)
+    peak = device.peak_flops(machine, "bf16" if config.parallel.bf16 else "fp32")
+    size = RunSize(
+        train_iters=plan.train_iters,
+        tokens_per_iteration=plan.global_batch_size * config.batch.seq_length,
+        flops_per_token=start.architecture.flops_per_token(config.batch.seq_length),
+        peak_flops=None if peak is None else peak * layout.world_size,
+    )
+    if first:
+        _keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer")
+        origin = "from scratch" if start.path is None else f"{'resumes' if start.resumes else 'weights'} from {start.path}"
+        print(
+            f"{start.architecture.num_parameters / 1e6:,.1f}M parameters, {origin}, iteration {start.iteration} of {plan.train_iters}\n"
+            f"{layout.world_size} x {machine.kind}: tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}; "
+            f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} x {config.batch.seq_length} tokens",
+            flush=True,
+        )
+    tensorboard = config.checkpoint.tensorboard_dir
+    with Metrics(config.checkpoint.save, size, start_iteration=start.iteration, tensorboard_dir=tensorboard, writes=first) as metrics:
+        loop(parts, metrics)
+    if first:
+        facts = {"iteration": plan.train_iters}
+        write_manifest(config.checkpoint.save / "manifest.json", Manifest(stage="pretrain", settings=identity, facts=facts))
+        print(f"done: {config.checkpoint.save}", flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _keep_tokenizer(source: Path, target: Path) -> None:
+    """Carry the tokenizer's files with the checkpoints, for the export."""
+    from megatron_instruct.tokenizer import copy_tokenizer
+
+    if not target.exists():
+        with atomic_folder(target) as folder:
+            copy_tokenizer(source, folder)

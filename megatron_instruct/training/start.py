@@ -1,0 +1,121 @@
+"""What a run starts from: its own checkpoint, another one's weights, or nothing; and the settings that make it that run.
+
+Comes in: settings and checkpoint folders. Goes out: small frozen values. Nothing is built and no process group is needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.checkpoint import latest_iteration, read_description
+from megatron_instruct.models.presets import make_architecture
+from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
+from megatron_instruct.training.config import BatchOptions, ModelOptions, PretrainConfig
+
+_DIMENSIONS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "rotary_base",
+    "tie_embeddings",
+    "init_method_std",
+)
+_RESULT_SETTINGS = tuple(name for name in BatchOptions.__dataclass_fields__ if name != "micro_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run starts from."""
+
+    path: Path | None
+    """Iteration folder of a checkpoint; None from scratch."""
+    iteration: int
+    """Steps done already."""
+    saved_identity: dict[str, Any] | None
+    """Settings of the run that the checkpoint belongs to, where it is this run's own, optimizer included; None otherwise."""
+    architecture: Architecture
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+
+    @property
+    def resumes(self) -> bool:
+        return self.saved_identity is not None
+
+
+def find_start(config: PretrainConfig) -> Start:
+    """Look for this run's own checkpoint, then for the one to load, then at the model settings."""
+    options = config.checkpoint
+    resumes = latest_iteration(options.save) is not None
+    source = options.save if resumes else options.load
+    tokenizer_path = config.data.tokenizer_model or (source / "tokenizer" if source is not None else None)
+    if tokenizer_path is None:
+        raise ConfigError("tokenizer_model is needed to train from scratch; give the tokenizer that made the data.")
+    tokenizer = load_tokenizer(tokenizer_path)
+    if source is None:
+        architecture = _architecture_from(config.model, vocab_size=tokenizer.vocab_size, seq_length=config.batch.seq_length)
+        return Start(
+            path=None, saved_identity=None, iteration=0, architecture=architecture, tokenizer=tokenizer, tokenizer_path=tokenizer_path
+        )
+    path, manifest, architecture = read_description(source)
+    _check_positions(architecture, config.batch.seq_length)
+    _check_agreement(config.model, architecture, source)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, and the model in {source} has {architecture.vocab_size} "
+            "embedding rows; give the model's own tokenizer."
+        )
+    return Start(
+        path=path,
+        saved_identity=dict(manifest.settings) if resumes else None,
+        iteration=int(manifest.facts["iteration"]) if resumes else 0,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
+    )
+
+
+def _architecture_from(options: ModelOptions, *, vocab_size: int, seq_length: int) -> Architecture:
+    given = {name: getattr(options, name) for name in _DIMENSIONS}
+    architecture = make_architecture(given, preset_name=options.preset, vocab_size=vocab_size, seq_length=seq_length)
+    return _check_positions(architecture, seq_length)
+
+
+def _check_positions(architecture: Architecture, seq_length: int) -> Architecture:
+    if seq_length > architecture.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length={seq_length} is longer than the model's max_position_embeddings={architecture.max_position_embeddings}; lower it."
+        )
+    return architecture
+
+
+def _check_agreement(options: ModelOptions, architecture: Architecture, source: Path) -> None:
+    if options.preset is not None:
+        raise ConfigError(f"preset={options.preset!r} is given, and the model's size comes from {source}; drop preset.")
+    for name in _DIMENSIONS:
+        given = getattr(options, name)
+        if given is not None and given != getattr(architecture, name):
+            raise ConfigError(f"{name}={given!r} is given, and the model in {source} has {getattr(architecture, name)!r}; drop {name}.")
+
+
+def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) -> dict[str, Any]:
+    """Return the settings that decide the result of a run, whatever its layout."""
+    batch = config.batch
+    return {
+        "architecture": start.architecture.to_json(),
+        "tokenizer": start.tokenizer.fingerprint,
+        "data": data_fingerprint,
+        "blend": list(config.data.data_path or config.data.train_data_path),
+        "split": config.data.split if config.data.data_path else None,
+        "eod_mask_loss": config.data.eod_mask_loss,
+        **{name: getattr(batch, name) for name in _RESULT_SETTINGS},
+        "dtype": "bf16" if config.parallel.bf16 else "fp32",
+        "load": None if config.checkpoint.load is None else str(config.checkpoint.load),
+        "transformer_config": dict(config.model.transformer_config),
+    }

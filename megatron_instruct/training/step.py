@@ -1,0 +1,101 @@
+"""One optimizer step and one validation, over megatron-core's schedules.
+
+Shapes: B micro_batch_size, S seq_length. Losses are sums over tokens with the number of tokens beside them, so that means do
+not depend on how the global batch was cut.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_instruct.errors import TrainingError
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What the schedules need to know of a step."""
+
+    num_microbatches: int
+    micro_batch_size: int
+    seq_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step gives back, the same on every rank."""
+
+    loss: float
+    """Mean over the tokens of the global batch, in nats."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, data: Sequence[Iterator[Batch]], shape: StepShape
+) -> StepResult:
+    """Run forward and backward over the global batch and update the weights. Raises TrainingError where the loss is not finite."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = _run(chunks, data, shape, forward_only=False)
+    if not torch.isfinite(torch.tensor(loss)):
+        raise TrainingError(f"the loss is {loss}; lower lr or raise lr_warmup_iters. No weight was changed by this step.")
+    updated, grad_norm, _ = optimizer.step()
+    if not updated:
+        raise TrainingError("the optimizer skipped a step (a gradient is not finite); lower lr or raise lr_warmup_iters.")
+    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0))
+
+
+def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[Batch]], shape: StepShape) -> float:
+    """Return the mean loss over the tokens of `shape.num_microbatches` microbatches a rank, in nats."""
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            return _run(chunks, data, shape, forward_only=True)
+    finally:
+        for chunk in chunks:
+            chunk.train()
+
+
+def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShape, *, forward_only: bool) -> float:
+    interleaved = len(chunks) > 1
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=list(data) if interleaved else data[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        forward_only=forward_only,
+    )
+    device = next(chunks[0].parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for entry in losses or ():
+        total += entry["loss and tokens"].to(torch.float64)
+    # only the last pipeline stage has losses; the others add nothing
+    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return float(total[0] / total[1])
+
+
+def _forward(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(data)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the sum over tokens, their number (int), and both for the log."""
+    total = torch.sum(losses_BS.float() * loss_mask_BS)
+    tokens = loss_mask_BS.sum()
+    return total, tokens.to(torch.int), {"loss and tokens": torch.stack([total.detach(), tokens])}
