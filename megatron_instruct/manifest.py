@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_instruct import __version__
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import TEMPORARY_SUFFIX, read_json, sha256_of, write_json
+from megatron_instruct.files import LOCK, TEMPORARY_SUFFIX, read_json, sha256_of, write_json
 
 FORMAT = 1
 
@@ -61,12 +61,12 @@ def record(path: Path, *, relative_to: Path | None = None) -> FileRecord:
 def records(paths: Iterable[Path], *, relative_to: Path | None = None) -> tuple[FileRecord, ...]:
     """Fingerprint files, and every file below folders, in sorted order.
 
-    Not part of a result: an existing manifest.json, and temporary files that a killed run left.
+    Not part of a result: an existing manifest.json, and what a run under way or killed leaves, its lock and its temporary files.
     """
     found: list[Path] = []
     for path in paths:
         found += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    kept = [path for path in found if path.name != "manifest.json" and not path.name.endswith(TEMPORARY_SUFFIX)]
+    kept = [path for path in found if path.name not in ("manifest.json", LOCK) and not path.name.endswith(TEMPORARY_SUFFIX)]
     return tuple(record(path, relative_to=relative_to) for path in kept)
 
 

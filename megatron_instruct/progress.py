@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log, both with rate and time left."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,11 @@ from tqdm import tqdm
 
 LOG_INTERVAL = 15.0
 """Seconds between two lines where standard error is no terminal."""
+
+
+def _shows_a_bar() -> bool:
+    """Whether standard error is a terminal, and one that has a size: without rows the bar would be hidden."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
 
 
 class Progress:
@@ -21,7 +27,7 @@ class Progress:
         self._description, self._total, self._unit = description, total, unit
         self._done, self._note = 0, ""
         self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) if _shows_a_bar() else None
 
     def __enter__(self) -> Self:
         return self
