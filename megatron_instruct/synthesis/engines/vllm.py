@@ -1,0 +1,109 @@
+"""vLLM in this process, on CPU or GPU (vLLM 0.32).
+
+Runs without vLLM's separate engine process, since only then is its scheduling the same from run to run, as vLLM's page on reproducibility
+says; and compiles grammars before a request is scheduled, for the same reason.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_instruct.errors import EngineError, MissingPackageError
+from megatron_instruct.synthesis.engines.engine import Completion, EngineSettings, Request
+
+
+class VllmEngine:
+    """Owns a vllm.LLM and drives it step by step, so that progress is seen and one bad request fails alone."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        on_cpu = _set_environment(settings)
+        try:
+            import vllm
+        except ImportError as error:
+            raise MissingPackageError("vllm", extra="synthesis", purpose="engine=vllm") from error
+        self._settings, self._vllm = settings, vllm
+        try:
+            self._llm: Any = vllm.LLM(**_arguments(settings, on_cpu=on_cpu))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EngineError(f"vLLM could not load {settings.model}: {_first_line(error)}") from error
+        manager = self._llm.llm_engine.engine_core.engine_core.structured_output_manager
+        manager._use_async_grammar_compilation = False  # vLLM 0.32: its threads would decide which step a request enters
+
+    def begin_shard(self) -> None:
+        self._llm.llm_engine.reset_prefix_cache()
+
+    def generate(self, requests: Sequence[Request], report: Callable[[int, int], None]) -> list[Completion]:
+        """Submit all requests at once, then step until all are answered."""
+        engine = self._llm.llm_engine
+        completions: dict[int, Completion] = {}
+        for number, request in enumerate(requests):
+            try:
+                engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, self._sampling(request))
+            except ValueError as error:
+                completions[number] = Completion(error=_first_line(error))
+                report(1, 0)
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        completions[int(output.request_id)] = _completion(output.outputs[0])
+                        report(1, len(output.outputs[0].token_ids))
+        except Exception as error:  # vLLM raises many kinds here, and none leaves an engine that goes on
+            raise EngineError(f"vLLM died: {type(error).__name__}: {_first_line(error)}; finished shards are kept.") from error
+        return [completions[number] for number in range(len(requests))]
+
+    def _sampling(self, request: Request) -> Any:
+        structured = None
+        if request.grammar is not None:
+            structured = self._vllm.sampling_params.StructuredOutputsParams(grammar=request.grammar)
+        seed = int.from_bytes(hashlib.sha256(f"{self._settings.seed}:{request.id}".encode()).digest()[:4], "little")
+        return self._vllm.SamplingParams(
+            temperature=self._settings.temperature,
+            max_tokens=request.max_new_tokens,
+            repetition_penalty=self._settings.repetition_penalty,
+            seed=seed if self._settings.temperature > 0 else None,
+            structured_outputs=structured,
+        )
+
+
+def _set_environment(settings: EngineSettings) -> bool:
+    """Set what vLLM reads when it is imported; return whether there is no CUDA device."""
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+        if settings.threads is not None:
+            defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.threads)}
+            torch.set_num_threads(settings.threads)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return on_cpu
+
+
+def _arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
+    """Return the arguments of vllm.LLM. On CPU: float32, unless a dtype was named, since bf16 is slower there; little memory reserved."""
+    utilization = settings.gpu_memory_utilization
+    arguments = {
+        "model": str(settings.model),
+        "tokenizer": str(settings.tokenizer),
+        "max_model_len": settings.max_model_len,
+        "dtype": "float32" if settings.dtype == "auto" and on_cpu else settings.dtype,
+        "seed": settings.seed,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "gpu_memory_utilization": utilization if utilization is not None else (0.3 if on_cpu else 0.9),
+        "enforce_eager": settings.enforce_eager or on_cpu,
+        "max_num_seqs": settings.max_num_seqs,
+        "structured_outputs_config": {"backend": "guidance"} if settings.structured else None,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _completion(output: Any) -> Completion:
+    return Completion(text=output.text, tokens=len(output.token_ids), stopped=output.finish_reason == "stop")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

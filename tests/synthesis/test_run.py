@@ -1,0 +1,226 @@
+"""tools/synthesize.py with the scripted engine: every text once, chains as the method says, nothing lost, clear refusals."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_instruct.manifest import read_manifest
+from megatron_instruct.records import MShotExample
+
+Synthesize = Callable[..., tuple[int, str]]
+
+
+def shot_ids(bench: Any, output: str = "out") -> list[list[str]]:
+    return [[shot["id"] for shot in example["shots"]] for example in bench.lines(f"{output}/examples.jsonl")]
+
+
+def test_texts_become_chains_across_blocks_with_their_pairs(bench: Any, synthesize: Synthesize) -> None:
+    status, printed = synthesize(bench.corpus(7), rounds=3)
+    assert status == 0, printed
+    assert shot_ids(bench) == [["t000", "t003", "t005"], ["t001", "t004", "t006"], ["t002"]]
+    example = MShotExample.from_json(bench.lines("out/examples.jsonl")[0], where="examples.jsonl:1")
+    assert [pair.question for pair in example.shots[1].pairs] == ["What is entry t003?", "Which bug is told of?"]
+    assert example.shots[1].pairs[0].provenance["round"] == 2
+    manifest = read_manifest(bench.folder / "out" / "manifest.json", stage="synthesize")
+    assert {name: manifest.counts[name] for name in ("records_in", "texts", "texts_with_pairs", "pairs", "examples", "requests")} == {
+        "records_in": 7,
+        "texts": 7,
+        "texts_with_pairs": 7,
+        "pairs": 14,
+        "examples": 3,
+        "requests": 7,
+    }
+    assert manifest.rejected == {"incomplete pair": 7}
+    assert {(row["where"], row["content"]) for row in bench.lines("out/rejects.jsonl")} == {("completion", "<QUE> Cut")}
+
+
+@pytest.mark.parametrize(("texts", "rounds"), [(1, 3), (2, 5), (5, 2), (9, 4), (10, 1)])
+def test_the_shard_size_changes_no_example(bench: Any, synthesize: Synthesize, texts: int, rounds: int) -> None:
+    corpus = bench.corpus(texts)
+    for shard_size in (1, 3, 100):
+        assert synthesize(corpus, f"out{shard_size}", rounds=rounds, shard_size=shard_size)[0] == 0
+    contents = [bench.outputs(f"out{size}") for size in (1, 3, 100)]
+    assert contents[0]["examples.jsonl"] == contents[1]["examples.jsonl"] == contents[2]["examples.jsonl"]
+    assert sorted(itertools.chain(*shot_ids(bench, "out3"))) == [f"t{n:03d}" for n in range(texts)]
+    assert sorted(contents[0]) == ["examples.jsonl", "manifest.json", "rejects.jsonl"]
+
+
+def test_a_text_without_pairs_stays_raw_and_the_chain_waits(bench: Any, synthesize: Synthesize) -> None:
+    bench.script(completions={"t001": "no pair at all"})
+    assert synthesize(bench.corpus(3), rounds=3)[0] == 0
+    assert shot_ids(bench) == [["t000", "t002"], ["t001"]]
+    assert bench.lines("out/examples.jsonl")[1]["shots"][0]["pairs"] == []
+
+
+def test_a_failed_request_is_asked_again_then_set_aside_and_its_text_stays(bench: Any, synthesize: Synthesize) -> None:
+    bench.script(failures={"t001": 2, "t003": 3})
+    status, printed = synthesize(bench.corpus(6), rounds=1)
+    assert status == 0
+    assert "request failed 1" in printed
+    failed = [row for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed"]
+    assert [(row["id"], row["detail"]) for row in failed] == [("t003", "the script lets this request fail")]
+    pairs = {example["id"]: len(example["shots"][0]["pairs"]) for example in bench.lines("out/examples.jsonl")}
+    assert pairs == {"t000": 2, "t001": 2, "t002": 2, "t003": 0, "t004": 2, "t005": 2}
+
+
+def test_an_engine_that_fails_every_request_stops_the_run(bench: Any, synthesize: Synthesize) -> None:
+    bench.script(failures={f"t{n:03d}": 9 for n in range(6)})
+    status, printed = synthesize(bench.corpus(6), rounds=1)
+    assert status == 5
+    assert "every request of a batch" in printed
+    assert not (bench.folder / "out" / "manifest.json").exists()
+
+
+def test_an_engine_that_dies_keeps_the_finished_shards(bench: Any, synthesize: Synthesize) -> None:
+    corpus = bench.corpus(12)
+    assert synthesize(corpus, "calm", shard_size=4)[0] == 0
+    bench.script(dead_after=9)
+    settings = {"shard_size": 4}
+    assert synthesize(corpus, **settings)[0] == 5
+    assert len(list((bench.folder / "out" / "shards").glob("0*/summary.json"))) == 2
+    status, printed = synthesize(corpus, **settings)
+    assert status == 0, "nine requests are enough for the shards that are left"
+    assert "2 of 3 shards are finished already" in printed
+    assert bench.outputs("out")["examples.jsonl"] == bench.outputs("calm")["examples.jsonl"]
+
+
+def test_pairs_that_filters_drop_are_kept_with_their_reason(bench: Any, synthesize: Synthesize) -> None:
+    bench.script(completion="<QUE> What is a bug? <ANS> A purple elephant dancing. </END>\n\n<QUE> Which bug? <ANS> Number one. </END>")
+    assert synthesize(bench.corpus(2))[0] == 0
+    rejects = bench.lines("out/rejects.jsonl")
+    assert [(row["where"], row["reason"], row["content"]) for row in rejects] == [
+        ("filter", "answer not grounded in the text", "What is a bug?\nA purple elephant dancing.")
+    ] * 2
+
+
+def test_long_texts_are_split_at_sentence_ends_and_nothing_is_lost(bench: Any, synthesize: Synthesize) -> None:
+    text = " ".join(f"Sentence {n} tells of a bug that was found." for n in range(40))
+    corpus = bench.corpus([{"id": "long", "text": text}, {"id": "short", "text": "A bug."}, {"id": "one", "text": "word " * 200}])
+    assert synthesize(corpus, max_model_len=600, max_new_tokens=100, rounds=1)[0] == 0
+    texts = {shot["id"]: shot["text"] for example in bench.lines("out/examples.jsonl") for shot in example["shots"]}
+    pieces = [texts[name] for name in texts if name.startswith("long#")]
+    assert len(pieces) > 2
+    assert all(piece.startswith("Sentence ") and piece.endswith(".") for piece in pieces)
+    assert " ".join(pieces) == text
+    assert texts["short"] == "A bug."
+    assert [(row["id"], row["reason"]) for row in bench.lines("out/rejects.jsonl") if row["where"] == "corpus"] == [
+        ("one#1", "sentence too long")
+    ]
+
+
+def test_long_texts_can_be_set_aside(bench: Any, synthesize: Synthesize) -> None:
+    corpus = bench.corpus([{"id": "long", "text": "A bug is told of. " * 99}, {"id": "short", "text": "A bug."}])
+    assert synthesize(corpus, max_model_len=600, max_new_tokens=100, long_texts="reject")[0] == 0
+    assert shot_ids(bench) == [["short"]]
+    assert bench.lines("out/rejects.jsonl")[0]["reason"] == "text too long"
+
+
+def test_history_that_does_not_fit_is_cut_from_its_oldest(bench: Any, synthesize: Synthesize) -> None:
+    """A prompt of one such text takes about 75 tokens and an example about 190: room for one example, not for two."""
+    corpus = bench.corpus([{"id": f"t{n:03d}", "text": f"Entry t{n:03d} is about a bug. The bug number one is told of."} for n in range(4)])
+    assert synthesize(corpus, rounds=4, max_model_len=500, max_new_tokens=100)[0] == 0
+    assert shot_ids(bench) == [["t000", "t001", "t002", "t003"]]
+    assert synthesize(corpus, "narrow", rounds=4, max_model_len=300, max_new_tokens=100)[0] == 0
+    assert shot_ids(bench, "narrow") == [["t000"], ["t001"], ["t002"], ["t003"]]
+
+
+def test_a_text_with_the_markers_breaks_neither_prompt_nor_parse(bench: Any, synthesize: Synthesize) -> None:
+    text = "Entry a </CON>\n\n<QUE> What? <ANS> This. </END></s><s> <CON> is about a bug. The bug number one is told of."
+    assert synthesize(bench.corpus([{"id": "a", "text": text}, {"id": "b", "text": text.replace("Entry a", "Entry b")}]), rounds=2)[0] == 0
+    shots = bench.lines("out/examples.jsonl")[0]["shots"]
+    assert [shot["id"] for shot in shots] == ["a", "b"]
+    assert shots[0]["text"] == text
+
+
+BAD_RECORDS = {
+    '{"text": "cut': "broken JSON",
+    '{"id": "x", "body": "y"}': "missing text",
+    '{"id": "x", "text": "  "}': "empty text",
+    '{"id": "t000", "text": "again"}': "repeated id",
+}
+
+
+@pytest.mark.parametrize("line", BAD_RECORDS)
+def test_a_bad_record_stops_the_run_or_is_set_aside_by_flag(bench: Any, synthesize: Synthesize, line: str) -> None:
+    corpus = bench.corpus(2)
+    corpus.write_text(corpus.read_text() + line + "\n")
+    status, printed = synthesize(corpus)
+    assert status == 3
+    assert BAD_RECORDS[line] in printed
+    assert "--on-error reject" in printed
+    assert synthesize(corpus, "other", on_error="reject")[0] == 0
+    manifest = read_manifest(bench.folder / "other" / "manifest.json")
+    assert (manifest.counts["records_in"], manifest.counts["texts"], manifest.rejected[BAD_RECORDS[line]]) == (3, 2, 1)
+
+
+def test_a_second_run_does_nothing_and_other_settings_are_refused(bench: Any, synthesize: Synthesize) -> None:
+    corpus = bench.corpus(4)
+    assert synthesize(corpus)[0] == 0
+    before = bench.outputs("out")
+    status, printed = synthesize(corpus)
+    assert (status, "Finished already" in printed, bench.outputs("out") == before) == (0, True, True)
+    status, printed = synthesize(corpus, rounds=3)
+    assert status == 2
+    assert "rounds=2" in printed
+    assert bench.outputs("out") == before
+
+
+def test_files_of_others_are_not_overwritten(bench: Any, synthesize: Synthesize) -> None:
+    (bench.folder / "out").mkdir()
+    (bench.folder / "out" / "examples.jsonl").write_text("precious")
+    status, printed = synthesize(bench.corpus(2))
+    assert (status, "exists already" in printed) == (3, True)
+    assert (bench.folder / "out" / "examples.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "message"),
+    [
+        ({"max_new_tokens": 4096}, 2, "leaves no room for a text"),
+        ({"max_model_len": 110, "max_new_tokens": 100}, 3, "the prompt format alone takes 17 tokens"),
+        ({"prompt_format": "instruction-synthesiser"}, 2, "did you mean 'instruction-synthesizer'"),
+        ({"prompt_format": "chat"}, 2, "has no chat template"),
+        ({"model": "/no/such/folder"}, 3, "no such folder"),
+        ({"input": "/no/such/file.jsonl"}, 3, "no such file"),
+        ({"filters": "grounded"}, 2, "did you mean 'grounding'"),
+        ({"script": "/no/such/script.yaml"}, 3, "no such file"),
+        ({"rounds": 0}, 2, "rounds=0"),
+    ],
+)
+def test_bad_settings_give_one_clear_message(
+    bench: Any, synthesize: Synthesize, settings: dict[str, Any], status: int, message: str
+) -> None:
+    got, printed = synthesize(bench.corpus(2), **settings)
+    assert got == status, printed
+    assert message in printed
+    assert not (bench.folder / "out" / "manifest.json").exists()
+
+
+def test_an_empty_corpus_is_refused(bench: Any, synthesize: Synthesize) -> None:
+    (bench.folder / "empty.jsonl").touch()
+    status, printed = synthesize(bench.folder / "empty.jsonl", on_error="reject")
+    assert status == 3
+    assert "no text is left" in printed
+
+
+def test_the_limit_takes_records_from_the_beginning(bench: Any, synthesize: Synthesize) -> None:
+    assert synthesize(bench.corpus(9), limit=3, rounds=1)[0] == 0
+    assert shot_ids(bench) == [["t000"], ["t001"], ["t002"]]
+
+
+def test_a_format_of_the_users_own_is_taken(bench: Any, synthesize: Synthesize) -> None:
+    own = bench.folder / "own.yaml"
+    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+    own.write_text(json.dumps({"kind": "markers", "language": "en", "text": "[T]{text}", "hide": ["[T]"], "pair": pair}))
+    bench.script(completion="[Q] Which bug? [A] Number one. [E]")
+    assert synthesize(bench.corpus(2), prompt_format=own)[0] == 0
+    assert bench.lines("out/examples.jsonl")[0]["shots"][0]["pairs"][0]["provenance"]["prompt_format"] == "own"
+
+
+def test_the_tool_loads_neither_torch_nor_vllm_for_its_help(start: Callable[..., Any], tmp_path: Path) -> None:
+    out, _ = start("synthesize.py", "--help").communicate(timeout=60)
+    assert "--prompt-format" in out
