@@ -1,1 +1,1 @@
-"""Templates that render M-shot examples into instruction-augmented texts."""
+"""Templates that render M-shot examples into instruction-augmented texts: a bank of texts as data, sampling, rendering."""

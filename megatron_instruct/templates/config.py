@@ -1,0 +1,46 @@
+"""Settings of tools/render_templates.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_instruct.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderConfig:
+    """Render examples (raw texts with their instruction-response pairs) through varied templates into instruction-augmented texts.
+
+    Writes augmented.jsonl (one document a line; its key "text" is what preprocess_data.py encodes), rejects.jsonl and manifest.json.
+    The result depends on the examples, the bank and the seed alone.
+    """
+
+    input: tuple[str, ...]
+    """Files of examples (.jsonl, .jsonl.gz, .jsonl.zst), glob patterns, or folders that synthesize.py wrote; rendered in this order."""
+    output_dir: Path
+    """Folder to write; it must be new, empty, or hold this very result already."""
+    seed: int = 1234
+    """Whole number that, with an example's id, decides what is drawn for it."""
+    language: str | None = None
+    """Language of the bank that comes with the package: en or zh (default: en)."""
+    bank: Path | None = None
+    """YAML file of a bank of your own, used instead; see docs/templates.md."""
+    extend_bank: Path | None = None
+    """YAML file whose templates and probabilities are added to the bank."""
+    on_error: Literal["stop", "reject"] = "stop"
+    """What to do with a line that is no example: stop and name it, or set it aside in the rejects file. A pair that no template can take,
+    such as one whose answer is none of its options, is set aside in either case."""
+    show: int = 0
+    """Number of documents to print at the end, coloured by role."""
+    show_html: Path | None = None
+    """File to write the shown documents to, as a page; the terminal then shows none."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
+        if self.bank is not None and self.language is not None:
+            raise ConfigError(f"language={self.language} and bank={self.bank}: a bank has its own language; give one of the two.")
+        if self.show < 0:
+            raise ConfigError(f"show={self.show} must be 0 or more.")
+        if self.show_html is not None and self.show == 0:
+            raise ConfigError(f"show_html={self.show_html} without documents to show; add --show 20.")
