@@ -4,6 +4,7 @@ Each rule is a function from a package's folder to the places that break it, sho
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,18 +31,27 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def imports_between(package: Path) -> list[tuple[str, str, str]]:
-    """Return (importing module, imported module, place) for every import inside the package, also those inside functions."""
+@functools.cache
+def parsed_nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def imports_between(package: Path, *, tables: bool = True) -> list[tuple[str, str, str]]:
+    """Return (importing module, imported module, place) for every import inside the package, also those inside functions.
+
+    tables: count the entries of lazy tables, "package.module:object", as well.
+    """
     known = modules(package)
     found: list[tuple[str, str, str]] = []
     for name, file in known.items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            found += [(name, target, f"{file}:{node.lineno}") for target in imported(node, name, file, known) if target != name]  # type: ignore[attr-defined]
+        for node in parsed_nodes(file):
+            targets = [*imported(node, name, file, known), *(named_in_a_table(node, known) if tables else ())]
+            found += [(name, target, f"{file}:{getattr(node, 'lineno', 0)}") for target in targets if target != name]
     return found
 
 
 def imported(node: ast.AST, name: str, file: Path, known: Mapping[str, Path]) -> Iterator[str]:
-    """Yield the modules that one node imports; "package.module:object", an entry of a lazy table, imports as well."""
+    """Yield the modules that one node imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name in known)
     elif isinstance(node, ast.ImportFrom):
@@ -50,8 +60,13 @@ def imported(node: ast.AST, name: str, file: Path, known: Mapping[str, Path]) ->
         base = ".".join([*above, *([node.module] if node.module else [])])
         for alias in node.names:
             yield from [target for target in (f"{base}.{alias.name}", base) if target in known][:1]
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+:\w+", node.value):
-        yield from [target for target in (node.value.partition(":")[0],) if target in known]
+
+
+def named_in_a_table(node: ast.AST, known: Mapping[str, Path]) -> list[str]:
+    """Return the module of a string "package.module:object"."""
+    if not (isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+:\w+", node.value)):
+        return []
+    return [target for target in (node.value.partition(":")[0],) if target in known]
 
 
 def part_of(module: str) -> str:
@@ -76,9 +91,12 @@ def upward_imports(package: Path, layers: Mapping[str, int]) -> list[str]:
 
 
 def import_cycles(package: Path) -> list[str]:
-    """Report chains of files that import each other, the imports inside functions included."""
+    """Report chains of files that import each other, the imports inside functions included.
+
+    An entry of a lazy table is none: that a seam names what stands behind it, and is known to it, is what such a table is for.
+    """
     arrows: dict[str, set[str]] = {}
-    for importer, target, _ in imports_between(package):
+    for importer, target, _ in imports_between(package, tables=False):
         arrows.setdefault(importer, set()).add(target)
     broken: list[str] = []
     left: set[str] = set()

@@ -4,6 +4,7 @@ Each rule is a function from files to the places that break it, shown to fail on
 """
 
 import ast
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,11 @@ HOMES = ("home", "root", "Users", "work", "mnt")
 """Top folders under which people's own files lie."""
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def long_files(files: Sequence[Path], limit: int) -> list[str]:
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     return [f"{file}:1: {length} lines, above {limit}" for file, length in lengths.items() if length > limit]
@@ -39,12 +45,18 @@ def long_functions(files: Sequence[Path], limit: int) -> list[str]:
 
 
 def swallowed_exceptions(files: Sequence[Path]) -> list[str]:
-    """Report each bare `except`, and each of Exception or BaseException, that raises nothing itself."""
+    """Report each bare `except`, and each of Exception or BaseException, that neither raises nor sends it to another process."""
     return [
         f"{file}:{node.lineno}: a bare or broad except swallows what it caught"
         for file, node in nodes(files)
-        if isinstance(node, ast.ExceptHandler) and is_broad(node.type) and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+        if isinstance(node, ast.ExceptHandler) and is_broad(node.type) and not any(passes_on(inner, node.name) for inner in ast.walk(node))
     ]
+
+
+def passes_on(node: ast.AST, caught: str | None) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "send":
+        return any(isinstance(inner, ast.Name) and inner.id == caught for inner in ast.walk(node))
+    return isinstance(node, ast.Raise)
 
 
 def is_broad(caught: ast.expr | None) -> bool:
@@ -58,7 +70,7 @@ def unfinished_work(files: Sequence[Path]) -> list[str]:
 
 
 def modules_without_contract(files: Sequence[Path]) -> list[str]:
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    trees = {file: parsed(file) for file in files}
     return [f"{file}:1: no module docstring" for file, tree in trees.items() if tree.body and ast.get_docstring(tree) is None]
 
 
@@ -79,7 +91,7 @@ def broken_links(documents: Sequence[Path]) -> list[str]:
 
 def nodes(files: Sequence[Path]) -> Iterator[tuple[Path, ast.AST]]:
     for file in files:
-        yield from ((file, node) for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        yield from ((file, node) for node in ast.walk(parsed(file)))
 
 
 def lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, str]]:
@@ -141,6 +153,8 @@ BAD: list[tuple[Callable[[Sequence[Path]], list[str]], str, list[int]]] = [
     (lambda files: long_functions(files, 3), "x = 1\nclass A:\n    async def f():\n        a\n        b\n        c\n", [3]),
     (swallowed_exceptions, "try:\n    a\nexcept:\n    pass\n", [3]),
     (swallowed_exceptions, "try:\n    a\nexcept (OSError, Exception) as error:\n    print(error)\n", [3]),
+    (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    pipe.send('failed')\n", [3]),
+    (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    pipe.send((False, f'{error}'))\n", []),
     (swallowed_exceptions, "try:\n    a\nexcept BaseException:\n    b\n    raise\n", []),
     (swallowed_exceptions, "try:\n    a\nexcept OSError:\n    pass\n", []),
     (unfinished_work, "a\n# TODO later\n", [2]),
