@@ -80,8 +80,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file() and not (source.is_file() and name == "tokenizer.json"):
             shutil.copyfile(folder / name, target / name)
-    if "eos_token" not in _special_names(folder) and (folder / _GENERATION).is_file() and not (target / _GENERATION).exists():
-        shutil.copyfile(folder / _GENERATION, target / _GENERATION)
+    for name in (_GENERATION, "config.json"):  # ids of special tokens, which a model made with this tokenizer needs
+        if (folder / name).is_file() and not (target / name).exists():
+            shutil.copyfile(folder / name, target / name)
 
 
 class _HuggingFaceTokenizer:

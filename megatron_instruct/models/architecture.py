@@ -40,6 +40,8 @@ class Architecture:
     """Rows of the embedding that mean something, before padding for tensor parallelism."""
     max_position_embeddings: int
     rotary_base: float = 10000.0
+    rotary_linear_factor: float = 1.0
+    """Rotary frequencies are divided by this (linear position interpolation)."""
     rope_scaling: RopeScaling | None = None
     layernorm_epsilon: float = 1e-5
     tie_embeddings: bool = False

@@ -81,6 +81,8 @@ def build_model(architecture: Architecture, layout: ParallelLayout, machine: Mac
             share_embeddings_and_output_weights=architecture.tie_embeddings,
             vp_stage=vp_stage,
         )
+        if architecture.rotary_linear_factor != 1.0:
+            model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq / architecture.rotary_linear_factor
         if architecture.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
         initialize_parameters(model, architecture, seed=options.seed)

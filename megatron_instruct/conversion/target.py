@@ -1,0 +1,40 @@
+"""Where a result goes: a folder that is new, on a disk with room for it, made on a machine with memory for it."""
+
+import shutil
+from pathlib import Path
+
+from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.models.architecture import Architecture
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of one parameter."""
+
+
+def require_new(target: Path) -> None:
+    """Raise InputError where the target holds anything; an empty folder is removed to make room for the result."""
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    if target.exists():
+        raise InputError(f"{target} holds something else already; give another --save, or remove it.")
+
+
+def require_room(target: Path, architecture: Architecture, dtype: str) -> None:
+    """Raise ConfigError where the disk has no room for the weights."""
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
+    needed, free = 1.05 * architecture.num_parameters * BYTES[dtype], shutil.disk_usage(place).free
+    if needed > free:
+        raise ConfigError(
+            f"{place} has {free / 1e9:.2f} GB free, and the result takes about {needed / 1e9:.2f} GB; free room, or give another --save."
+        )
+
+
+def require_memory(architecture: Architecture, *, bytes_per_parameter: float, remedy: str) -> None:
+    """Raise ConfigError where the work does not fit the free memory."""
+    import psutil
+
+    needed, free = architecture.num_parameters * bytes_per_parameter, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"this conversion of {architecture.num_parameters / 1e9:.1f}B parameters takes about {needed / 1e9:.0f} GB of memory, and "
+            f"{free / 1e9:.0f} GB are free; {remedy}."
+        )

@@ -1,0 +1,123 @@
+"""The weight tables: which Hugging Face tensors make which parameter of megatron-core, one literal table a family.
+
+A new family is one more table. Names hold `{layer}` where there is one for each layer. Does not know: files, processes, models.
+Legend of shapes: V vocabulary (unpadded), C hidden size, F feed-forward size, H query heads * head size, G key/value heads * head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_instruct.models.architecture import Architecture, Family
+
+Kind = Literal["copy", "vocabulary", "qkv", "stack"]
+"""copy: the same tensor. vocabulary: rows are padded by megatron-core. qkv: query, key, value, interleaved per key/value head.
+stack: one above the other (gate, up)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a table."""
+
+    kind: Kind
+    megatron: str
+    huggingface: tuple[str, ...]
+    shapes: tuple[str, ...]
+    """Of each Hugging Face tensor, in the legend's letters."""
+    unless_tied: bool = False
+    """Whether the row exists only where the output layer is not the word embedding."""
+
+
+_M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
+_LLAMA = (
+    Rule("vocabulary", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("VC",)),
+    Rule("copy", _M + "input_layernorm.weight", (_H + "input_layernorm.weight",), ("C",)),
+    Rule(
+        "qkv",
+        _M + "self_attention.linear_qkv.weight",
+        (_H + "self_attn.q_proj.weight", _H + "self_attn.k_proj.weight", _H + "self_attn.v_proj.weight"),
+        ("HC", "GC", "GC"),
+    ),
+    Rule("copy", _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), ("CH",)),
+    Rule("copy", _M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), ("C",)),
+    Rule("stack", _M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), ("FC", "FC")),
+    Rule("copy", _M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), ("CF",)),
+    Rule("copy", "decoder.final_layernorm.weight", ("model.norm.weight",), ("C",)),
+    Rule("vocabulary", "output_layer.weight", ("lm_head.weight",), ("VC",), unless_tied=True),
+)
+TABLES: dict[Family, tuple[Rule, ...]] = {"llama": _LLAMA, "mistral": _LLAMA}
+
+DERIVED = (_H + "self_attn.rotary_emb.inv_freq",)
+"""Tensors that old folders hold and that follow from the configuration; they are set aside, by name."""
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+"""Tensors that may be stored twice where the embeddings are tied, and what they must equal then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter of megatron-core in a model of known size, and the Hugging Face tensors that make it."""
+
+    kind: Kind
+    megatron: str
+    huggingface: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def weights_of(architecture: Architecture) -> list[Weight]:
+    """Return the family's table for every layer, with sizes."""
+    size = {
+        "V": architecture.vocab_size,
+        "C": architecture.hidden_size,
+        "F": architecture.ffn_hidden_size,
+        "H": architecture.num_attention_heads * architecture.kv_channels,
+        "G": architecture.num_query_groups * architecture.kv_channels,
+    }
+    weights: list[Weight] = []
+    for rule in TABLES[architecture.family]:
+        if rule.unless_tied and architecture.tie_embeddings:
+            continue
+        for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
+            weights.append(
+                Weight(
+                    kind=rule.kind,
+                    megatron=rule.megatron.format(layer=layer),
+                    huggingface=tuple(name.format(layer=layer) for name in rule.huggingface),
+                    shapes=tuple(tuple(size[letter] for letter in shape) for shape in rule.shapes),
+                )
+            )
+    return weights
+
+
+def derived_names(architecture: Architecture) -> set[str]:
+    """Return the names of tensors that follow from the configuration."""
+    return {name.format(layer=layer) for name in DERIVED for layer in range(architecture.num_layers)}
+
+
+def join(weight: Weight, parts: Sequence[torch.Tensor], architecture: Architecture, *, rows: int) -> torch.Tensor:
+    """Return megatron-core's parameter of `rows` rows; those that pad the vocabulary are zero."""
+    if weight.kind == "qkv":
+        groups, head = architecture.num_query_groups, architecture.kv_channels
+        grouped = [part.reshape(groups, -1, head, part.size(-1)) for part in parts]
+        return torch.cat(grouped, dim=1).reshape(-1, parts[0].size(-1))
+    if weight.kind == "stack":
+        return torch.cat(list(parts))
+    (whole,) = parts
+    if weight.kind == "vocabulary" and rows > whole.size(0):
+        return torch.cat([whole, whole.new_zeros(rows - whole.size(0), whole.size(1))])
+    return whole
+
+
+def split(weight: Weight, parameter: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
+    """Return the Hugging Face tensors of a parameter: the inverse of `join`, without the rows that pad the vocabulary."""
+    if weight.kind == "qkv":
+        groups, head, hidden = architecture.num_query_groups, architecture.kv_channels, parameter.size(-1)
+        queries = architecture.num_attention_heads // groups
+        grouped = torch.split(parameter.view(groups, queries + 2, head, hidden), [queries, 1, 1], dim=1)
+        return [part.reshape(-1, hidden) for part in grouped]
+    if weight.kind == "stack":
+        return list(parameter.chunk(2))
+    if weight.kind == "vocabulary":
+        return [parameter[: architecture.vocab_size]]
+    return [parameter]
