@@ -21,7 +21,7 @@ _STEM = 6
 """Letters of a word that are compared."""
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]+|[^\W_぀-ヿ㐀-鿿가-힯]+")
 _CJK = re.compile(r"[぀-ヿ㐀-鿿가-힯]")
-_BEFORE = 240
+_BEFORE = 80
 """Characters of the text before an answer in which the subject of its question may be named."""
 
 

@@ -25,9 +25,9 @@ class Structure:
 
     pairs: int = 2
     """Pairs asked of a text."""
-    questions: tuple[str, ...] = (r"[^\n?]{8,160}\?",)
+    questions: tuple[str, ...] = (r"[^\n?<]{8,160}\?",)
     """Regular expressions of the questions, one for each pair; the last one holds for all further pairs."""
-    answer: str = r"[^\n]{1,400}"
+    answer: str = r"[^\n<]{1,400}"
     """Regular expression of an answer; of no effect where answers are taken from the text."""
     shortest: int = 25
     """Characters of the shortest sentence of the text that may be an answer."""

@@ -6,7 +6,9 @@ Comes in: a text. Goes out: pieces that give the text back when joined. Does not
 import re
 from collections.abc import Callable, Sequence
 
-_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])[”’」』]*\s*|\n\s*\n\s*")
+_ABBREVIATIONS = ("vs.", "e.g.", "i.e.", "cf.", "esp.", "orig.", "approx.", "prob.", "abbrev.", "syn.", "Mr.", "Dr.", "St.", "No.")
+_WHOLE = "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
+_END = re.compile(_WHOLE + r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])[”’」』]*\s*|\n\s*\n\s*")
 """After a full stop before something that is no small letter; after a full stop of Chinese or Japanese; at a blank line."""
 _LABELS = re.compile(r"^(?:\[[^\]]{1,80}\]\s*|\d{1,2}[.)]\s+|(?:n|v|vt|vi|adj|adv|pl\.n|obs|interj)\.[\s,]*)+")
 """What dictionaries put in front of a sentence: its number, its usage, its part of speech."""
@@ -24,7 +26,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def statements(text: str, *, shortest: int, longest: int) -> list[str]:
-    """Return the sentences of `text` that can stand alone as an answer: `shortest` to `longest` characters, ended, begun with a capital.
+    """Return the sentences of `text` that can stand alone as an answer: `shortest` to `longest` characters, whole, begun with a capital.
 
     Labels of a dictionary entry in front of a sentence are left out; each sentence comes once.
     """
@@ -33,9 +35,13 @@ def statements(text: str, *, shortest: int, longest: int) -> list[str]:
         sentence = _LABELS.sub("", piece.strip())
         if "\n" in sentence or not shortest <= len(sentence) <= longest:
             continue
-        if not sentence[0].islower() and sentence[0].isalnum() and sentence[-1] in ".!?。！？":
+        if sentence[0].isalnum() and not sentence[0].islower() and sentence[-1] in ".!?。！？" and _balanced(sentence):
             found[sentence] = None
     return list(found)
+
+
+def _balanced(sentence: str) -> bool:
+    return all(sentence.count(opening) == sentence.count(closing) for opening, closing in ("()", "[]", "“”", "「」", "（）"))
 
 
 def split_to_fit(text: str, fits: Callable[[str], bool]) -> list[str]:

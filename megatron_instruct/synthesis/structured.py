@@ -7,6 +7,7 @@ text, so that no answer comes twice. Does not know: engines.
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 
 from megatron_instruct.synthesis.parsing import PairLayout
@@ -23,7 +24,7 @@ def grammar_of(prompt_format: PromptFormat, text: str) -> str | None:
     if prompt_format.structured_output == "none":
         return None
     if prompt_format.structured_output == "form":
-        return _grammar(layout, structure, [f"/{_regex(structure.answer)}/"] * structure.pairs)
+        return _form(layout, structure)
     sentences = [
         sentence
         for sentence in statements(text, shortest=structure.shortest, longest=structure.longest)
@@ -45,6 +46,23 @@ def divide(items: Sequence[str], parts: int) -> list[Sequence[str]]:
     parts = min(parts, len(items))
     bounds = [part * len(items) // parts for part in range(parts + 1)]
     return [items[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def _form(layout: PairLayout, structure: Structure) -> str:
+    """One regular expression for all, since llguidance would let an answer of its own swallow what stands behind it."""
+    pairs = []
+    for number in range(structure.pairs):
+        question = structure.questions[min(number, len(structure.questions) - 1)]
+        pairs.append(
+            f"{_quoted(layout.question + ' ')}({question}){_quoted(layout.separator + layout.answer + ' ')}({structure.answer})"
+            f"{_quoted(layout.before_end + layout.end)}"
+        )
+    return f"start: /{_regex(_quoted(layout.between).join(pairs))}/\n"
+
+
+def _quoted(text: str) -> str:
+    """Return the regular expression that only `text` matches."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$]", lambda match: "\\" + match[0], text).replace("\n", "\\n")
 
 
 def _grammar(layout: PairLayout, structure: Structure, answers: Sequence[str]) -> str:

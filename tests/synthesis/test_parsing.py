@@ -1,0 +1,111 @@
+"""Parsing of completions: four kinds of pairs, and a reason for whatever is dropped."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_instruct.records import InstructionPair
+from megatron_instruct.synthesis.escaping import Escaping
+from megatron_instruct.synthesis.parsing import PairLayout, parse_pairs, write_pairs
+from megatron_instruct.synthesis.prompt_format import load_prompt_format
+
+MARKERS = load_prompt_format("instruction-synthesizer").pair
+CHAT = load_prompt_format("chat").pair
+
+
+def test_pairs_are_written_with_the_exact_markers_and_blanks() -> None:
+    pairs = [InstructionPair(question="Why?", answer="So."), InstructionPair(question="Who?", answer="I.")]
+    assert write_pairs(pairs, MARKERS) == "<QUE> Why? <ANS> So. </END>\n\n<QUE> Who? <ANS> I. </END>"
+
+
+def test_the_four_kinds_of_pairs_are_recognised() -> None:
+    completion = (
+        "<QUE> Why? <ANS> So. </END>\n\n"
+        "<QUE> Which?\nOptions:\n- red\n- blue <ANS> blue </END>\n\n"
+        "<QUE> How many?\nLet's think step by step. <ANS> One and one.\nTherefore, the answer is 2 </END>\n\n"
+        "<QUE> How many now?\nOptions:\n- 2\n- 3\nLet's think step by step. <ANS> Two and one.\nTherefore, the answer is 3 </END>"
+    )
+    parsed = parse_pairs(completion, MARKERS, stopped=True)
+    assert parsed.dropped == ()
+    assert [(p.kind, p.question, p.options, p.rationale, p.answer) for p in parsed.pairs] == [
+        ("free_form", "Why?", (), None, "So."),
+        ("options", "Which?", ("red", "blue"), None, "blue"),
+        ("chain_of_thought", "How many?", (), "One and one.", "2"),
+        ("options_chain_of_thought", "How many now?", ("2", "3"), "Two and one.", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("<QUE> Why? <ANS> So.", "incomplete pair"),
+        ("Why? <ANS> So. </END>", "no marker at the beginning"),
+        ("<QUE> Why? So. </END>", "not exactly one question and one answer"),
+        ("<QUE> Why? <ANS> So. <ANS> No. </END>", "not exactly one question and one answer"),
+        ("<QUE> A? <QUE> Why? <ANS> So. </END>", "not exactly one question and one answer"),
+        ("<QUE>  <ANS> So. </END>", "empty question or answer"),
+        ("<QUE> Why? <ANS>  </END>", "empty question or answer"),
+        ("<QUE> Why?\nLet's think step by step. <ANS> So. </END>", "no answer after the rationale"),
+        (" </END>", "empty pair"),
+    ],
+)
+def test_what_is_no_pair_is_dropped_with_its_reason(completion: str, reason: str) -> None:
+    parsed = parse_pairs(completion, MARKERS, stopped=True)
+    assert parsed.pairs == ()
+    assert [piece.reason for piece in parsed.dropped] == [reason]
+
+
+def test_a_repeated_question_is_dropped_whatever_its_case() -> None:
+    parsed = parse_pairs("<QUE> Why? <ANS> So. </END>\n\n<QUE> WHY? <ANS> No. </END>", MARKERS, stopped=True)
+    assert [pair.answer for pair in parsed.pairs] == ["So."]
+    assert [(piece.reason, piece.content) for piece in parsed.dropped] == [("repeated question", "<QUE> WHY? <ANS> No.")]
+
+
+def test_a_last_chat_pair_counts_only_when_the_model_stopped_by_itself() -> None:
+    completion = "Question: Why?\nAnswer: So.\n\nQuestion: Who?\nAnswer: The"
+    assert len(parse_pairs(completion, CHAT, stopped=True).pairs) == 2
+    cut = parse_pairs(completion, CHAT, stopped=False)
+    assert [len(cut.pairs), cut.dropped[0].reason] == [1, "incomplete pair"]
+
+
+words = st.text(alphabet=st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12).filter(
+    lambda word: not word.startswith("-") and "<" not in word and ":" not in word
+)
+sentence = st.lists(words, min_size=1, max_size=5).map(" ".join)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> InstructionPair:
+    options = tuple(draw(st.lists(sentence, max_size=3)))
+    rationale = draw(st.none() | sentence)
+    kinds = {(False, False): "free_form", (True, False): "options", (False, True): "chain_of_thought"}
+    kind = kinds.get((bool(options), rationale is not None), "options_chain_of_thought")
+    return InstructionPair(question=draw(sentence), answer=draw(sentence), options=options, rationale=rationale, kind=kind)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(given_pairs=st.lists(pairs(), max_size=4, unique_by=lambda pair: pair.question.casefold()), layout=st.sampled_from([MARKERS, CHAT]))
+def test_written_pairs_are_read_back(given_pairs: list[InstructionPair], layout: PairLayout) -> None:
+    parsed = parse_pairs(write_pairs(given_pairs, layout), layout, stopped=True)
+    assert list(parsed.pairs) == given_pairs
+    assert parsed.dropped == ()
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["<QUE>", "<ANS>", "</END>", "word", " ", "\n", "\u2060"]), max_size=30).map("".join))
+def test_nothing_visible_of_a_completion_is_lost(completion: str) -> None:
+    parsed = parse_pairs(completion, MARKERS, stopped=True)
+    seen = "".join(pair.question + pair.answer for pair in parsed.pairs) + "".join(piece.content for piece in parsed.dropped)
+    assert seen.count("word") == completion.count("word")
+
+
+MARKS = ["<CON>", "</CON>", "<QUE>", "<ANS>", "</END>"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*MARKS, "<", "QUE>", "\u2060", "text", " "]), max_size=30).map("".join))
+def test_hidden_texts_hold_no_marker_and_are_given_back(text: str) -> None:
+    escaping = Escaping(MARKS, where="test")
+    hidden = escaping.hide(text)
+    assert not any(mark in hidden for mark in MARKS)
+    assert escaping.restore(hidden) == text
