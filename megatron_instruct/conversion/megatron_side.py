@@ -4,6 +4,7 @@ Conversion needs no GPU, and takes none where there is one: its result does not 
 """
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_instruct.conversion.config import Dtype
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
-from megatron_instruct.models.checkpoint import load_weights
+from megatron_instruct.models.checkpoint import load_weights, save_weights
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform import device
 from megatron_instruct.platform.device import Machine
@@ -55,6 +56,17 @@ def build(architecture: Architecture, machine: Machine, dtype: Dtype) -> GPTMode
 def parameters_of(model: GPTModel) -> dict[str, torch.Tensor]:
     """Return the model's weights by name, sharing memory with it."""
     return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value) and not name.endswith("_extra_state")}
+
+
+def save(path: Path, model: GPTModel) -> None:
+    """Write the model's weights below the empty folder `path`, the same bytes whenever it is done.
+
+    torch 2.13 notes the path and a random number of the write in .metadata, of which nothing is read; they are taken out.
+    """
+    save_weights(path, [model])
+    metadata = pickle.loads((path / ".metadata").read_bytes())  # written by this very process
+    metadata.storage_meta = None
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def stored_dtypes(path: Path, model: GPTModel) -> set[torch.dtype]:

@@ -22,7 +22,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import iteration_folder, save_weights, write_latest
+from megatron_instruct.models.checkpoint import iteration_folder, write_latest
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, load_tokenizer
 
@@ -189,7 +189,7 @@ def _write(source: Source, path: Path, machine: Machine) -> tuple[int, int]:
             target = parameters[weight.megatron]
             parts = [_rounded(_read(source.tensors, name), name, source.dtype) for name in weight.huggingface]
             target.copy_(join(weight, parts, source.architecture, rows=target.size(0)))
-    save_weights(path, [model])
+    megatron_side.save(path, model)
     return len({weight.megatron for weight in source.weights} & parameters.keys()), len(parameters)
 
 

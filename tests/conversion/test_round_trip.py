@@ -99,7 +99,7 @@ def test_two_runs_write_the_same_bytes(write_model: WriteModel, tmp_path: Path) 
         files = {file.relative_to(tmp_path / first): file.read_bytes() for file in (tmp_path / first).rglob("*") if file.is_file()}
         others = {file.relative_to(tmp_path / second): file.read_bytes() for file in (tmp_path / second).rglob("*") if file.is_file()}
         assert files.keys() == others.keys()
-        assert [name for name in files if files[name] != others[name] and name.name != "manifest.json"] == []
+        assert [name for name in files if files[name] != others[name] and (second == "b" or name.name != "manifest.json")] == []
 
 
 def test_an_export_in_another_type_is_rounded_and_says_so(write_model: WriteModel, tmp_path: Path) -> None:
