@@ -58,14 +58,13 @@ def current() -> Machine:
 def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None) -> Machine:
     """Join the process group, once, and make megatron-core able to run here.
 
-    threads: CPU threads of this process; by default the cores of the machine divided by its processes.
+    threads: CPU threads of this process; by default OMP_NUM_THREADS, else the cores of the machine divided by its processes.
     """
     machine = current()
     if machine.is_cuda:
         torch.cuda.set_device(machine.device)
     else:
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_processes))
+        torch.set_num_threads(threads or default_threads())
         cpu_seam.install()
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -75,6 +74,15 @@ def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None) -> 
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(machine.backend, timeout=timeout, store=store, rank=0, world_size=1)
     return machine
+
+
+def default_threads() -> int:
+    """Return OMP_NUM_THREADS where the user set it, else this process's share of the machine's cores."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0 and (processes == 1 or given != "1"):  # torchrun itself sets 1 for several processes
+        return int(given)
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def peak_flops(machine: Machine, precision: Precision) -> float | None:

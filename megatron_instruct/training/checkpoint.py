@@ -14,12 +14,13 @@ from typing import Any
 import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_instruct.errors import ConfigError, TrainingError
 from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import fill, iteration_folder, model_state, write_latest
+from megatron_instruct.models.checkpoint import fill, iteration_folder, model_state, write_latest, write_state
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.optimizer import prepare_for_loading, restore_step
 
@@ -43,7 +44,7 @@ def save(
         torch.distributed.barrier()
         state = model_state(chunks)
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_OPTIMIZER_METADATA)
-        dist_checkpointing.save(state, str(final.with_name(final.name + TEMPORARY_SUFFIX)))
+        _write(final.with_name(final.name + TEMPORARY_SUFFIX), state)
         torch.distributed.barrier()
         if first:
             partial = final.with_name(final.name + TEMPORARY_SUFFIX)
@@ -53,6 +54,17 @@ def save(
     if first:
         write_latest(folder, iteration)
     torch.distributed.barrier()
+
+
+def _write(partial: Path, state: dict[str, Any]) -> None:
+    try:
+        write_state(partial, state)
+    except (CheckpointException, OSError) as error:
+        reason = str(error).splitlines()[-1]
+        raise TrainingError(
+            f"the checkpoint {partial} could not be written ({reason}); mend this (is the disk full?) and run the same command again: "
+            "it goes on from the last checkpoint."
+        ) from error
 
 
 def resume(path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, iteration: int, machine: Machine) -> None:

@@ -79,10 +79,14 @@ class ParallelOptions:
     """Activations that the backward pass computes again instead of keeping them."""
     bf16: bool = False
     """Parameters and activations in bfloat16 with fp32 master weights; fp32 otherwise."""
+    num_threads: int | None = None
+    """CPU threads of each process (default: OMP_NUM_THREADS, else the machine's cores divided by its processes)."""
     distributed_timeout_minutes: float = 10.0
     """Longest wait for another process (minutes)."""
 
     def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads={self.num_threads} must be at least 1; leave it out for the default.")
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ConfigError("overlap_param_gather=True needs use_distributed_optimizer=True; set it or drop overlap_param_gather.")
         if self.overlap_param_gather and not self.overlap_grad_reduce:

@@ -5,6 +5,7 @@ rank, the same samples whatever the layout. Order and blending are megatron-core
 Does not know: the model.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
 from megatron_instruct.manifest import Manifest, read_manifest
 from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training.config import PretrainConfig
@@ -50,7 +52,7 @@ class DataSources:
     split: str
     vocabulary: Vocabulary
     fingerprint: str
-    """SHA-256 over the content of every data set."""
+    """SHA-256 over the content of every data set and the weights of the blend."""
 
 
 def find_sources(config: PretrainConfig, tokenizer: Tokenizer) -> DataSources:
@@ -59,14 +61,7 @@ def find_sources(config: PretrainConfig, tokenizer: Tokenizer) -> DataSources:
     train = parse_blend(options.data_path or options.train_data_path, field="data_path" if options.data_path else "train_data_path")
     valid = parse_blend(options.valid_data_path, field="valid_data_path") if options.valid_data_path else None
     check_split(options.split)
-    prints = []
-    for prefix in [*train[0], *(valid[0] if valid else [])]:
-        manifest = _data_manifest(Path(prefix), adopt=options.adopt_data)
-        if manifest is not None:
-            _check_tokenizer(prefix, manifest, tokenizer)
-            prints += sorted(output.sha256 for output in manifest.outputs)
-        else:
-            prints += [_foreign_fingerprint(Path(prefix))]
+    prints = [_blend_fingerprint(blend, tokenizer, adopt=options.adopt_data) for blend in (train, valid) if blend is not None]
     vocabulary = Vocabulary(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
     fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
     return DataSources(train=train, valid=valid, split=options.split, vocabulary=vocabulary, fingerprint=fingerprint)
@@ -97,15 +92,13 @@ def check_split(split: str) -> None:
 def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> tuple[Any, Any]:
     """Return the training and the validation data set (None where there is none), over sample numbers 0, 1, 2, ...
 
-    Every process calls it; megatron-core builds index caches on rank 0 first. The cache's folder is named after the content of
-    the data, so that the indices of a rebuilt data set are never taken for its own.
+    Every process calls it; megatron-core builds the indices on rank 0 first. Raises InputError where a share is empty.
     """
     validation = config.checkpoint.eval_iters * plan.global_batch_size if config.checkpoint.eval_interval else 0
-    cache = (config.data.data_cache_path or config.checkpoint.save / "cache") / sources.fingerprint[:16]
+    sizes = [plan.train_iters * plan.global_batch_size, validation, 0]
     common: dict[str, Any] = {
         "random_seed": config.batch.seed,
         "sequence_length": config.batch.seq_length,
-        "path_to_cache": str(cache),
         "tokenizer": sources.vocabulary,
         "reset_position_ids": False,
         "reset_attention_mask": False,
@@ -113,14 +106,41 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
         "create_attention_mask": False,
     }
     if config.data.data_path:
-        settings = GPTDatasetConfig(blend=sources.train, split=sources.split, **common)
+        common |= {"blend": sources.train, "split": sources.split}
     else:
-        settings = GPTDatasetConfig(blend_per_split=[sources.train, sources.valid, None], **common)
-    sizes = [plan.train_iters * plan.global_batch_size, validation, 0]
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+        common |= {"blend_per_split": [sources.train, sources.valid, None]}
+    of_indices = [sources.fingerprint, sources.split, sizes, config.batch.seed, config.batch.seq_length]
+    name = hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
+    with _index_cache((config.data.data_cache_path or config.checkpoint.save / "cache") / name) as cache:
+        settings = GPTDatasetConfig(**common, path_to_cache=str(cache))
+        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
     if train is None:
         raise InputError(f"the training share of the data is empty (split={sources.split!r}); give more data or another split.")
+    if validation and valid is None:
+        raise InputError(
+            f"eval_interval={config.checkpoint.eval_interval} asks for validation, and there is no data for it "
+            f"(split={sources.split!r}); give valid_data_path, another split, or drop eval_interval."
+        )
     return train, valid if validation else None
+
+
+@contextlib.contextmanager
+def _index_cache(folder: Path) -> Iterator[Path]:
+    """Yield where megatron-core keeps its indices. While they are built the folder has a temporary name: a killed build counts for nothing.
+
+    The name stands for everything that the indices depend on, the content of the data included, which megatron-core's own keys
+    leave out: a data set rebuilt at the same prefix does not meet stale indices.
+    """
+    first = torch.distributed.get_rank() == 0
+    exists = [first and folder.is_dir()]
+    torch.distributed.broadcast_object_list(exists, src=0)
+    if exists[0]:
+        yield folder
+        return
+    with atomic_folder(folder) if first else contextlib.nullcontext():
+        torch.distributed.barrier()
+        yield folder.with_name(folder.name + TEMPORARY_SUFFIX)
+        torch.distributed.barrier()
 
 
 def batches(dataset: Any, samples: Iterator[list[int]], *, num_workers: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -138,6 +158,19 @@ class _Samples(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._samples
+
+
+def _blend_fingerprint(blend: Blend, tokenizer: Tokenizer, *, adopt: bool) -> list[Any]:
+    prefixes, weights = blend
+    prints: list[Any] = [weights]
+    for prefix in prefixes:
+        manifest = _data_manifest(Path(prefix), adopt=adopt)
+        if manifest is None:
+            prints.append(_foreign_fingerprint(Path(prefix)))
+            continue
+        _check_tokenizer(prefix, manifest, tokenizer)
+        prints.append([output.sha256 for output in manifest.outputs if output.path.endswith((".bin", ".idx"))])
+    return prints
 
 
 def _is_number(word: str) -> bool:

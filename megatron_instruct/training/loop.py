@@ -101,13 +101,14 @@ def loop(run: Run, metrics: Metrics) -> None:
         result = train_step(run.chunks, run.optimizer, data, shape)
         run.scheduler.step(increment=plan.global_batch_size)
         losses.append(result.loss)
-        if last or iteration % options.log_interval == 0:
+        saves = last or (options.save_interval is not None and iteration % options.save_interval == 0)
+        if saves or iteration % options.log_interval == 0:  # at a save too: a resumed run then logs the same means
             metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm)
             losses.clear()
         if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
             metrics.validation(iteration, _validation_loss(run))
             metrics.restart_clock(iteration)
-        if last or (options.save_interval and iteration % options.save_interval == 0):
+        if saves:
             checkpoint.save(
                 options.save, run.models, run.optimizer, iteration=iteration, architecture=run.architecture, identity=run.identity
             )

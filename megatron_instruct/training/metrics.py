@@ -112,8 +112,7 @@ def _keep_until(path: Path, iteration: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        before = record["iteration"] <= iteration if "loss" in record else record["iteration"] < max(iteration, 1)
-        if before and iteration > 0:
+        if record["iteration"] <= iteration and iteration > 0:
             kept.append(line)
     with atomic_write(path) as stream:
         stream.writelines(line + "\n" for line in kept)

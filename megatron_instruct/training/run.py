@@ -4,23 +4,50 @@ The walk: settings -> what to start from -> layout and batches -> data sources (
 -> process group -> model -> optimizer -> data -> loop.
 """
 
-from collections.abc import Sequence
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.files import atomic_folder
+from megatron_instruct.errors import TrainingError
+from megatron_instruct.files import atomic_folder, locked
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
 
+_PATIENCE = 30.0
+"""Seconds that a process with an error waits for the first process of its machine to tell it and torchrun to end them all."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/pretrain.py."""
-    return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+    """Entry point of tools/pretrain.py.
+
+    The processes of one machine see the same settings and files, so that the first of them speaks for all; the others speak up
+    only about an error that is theirs alone.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+        except SystemExit as stop:  # a command line that does not parse
+            status = stop.code if isinstance(stop.code, int) else 1
+    if status:
+        time.sleep(_PATIENCE)
+        print(said.getvalue(), file=sys.stderr, end="")
+    return status
 
 
 def run(config: PretrainConfig) -> None:
     """Train, or go on training, until train_iters. Raises ConfigError, InputError or TrainingError."""
+    from megatron_instruct.platform import noise
+
+    noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
     from megatron_instruct.training.checkpoint import check_identity
     from megatron_instruct.training.data import find_sources
@@ -37,18 +64,37 @@ def run(config: PretrainConfig) -> None:
         return
     if start.saved_identity is not None:
         check_identity(config.checkpoint.save, start.saved_identity, identity)
-    _train(config, start, layout, plan, sources, identity)
+    speaks_for_all = os.environ.get("RANK", "0") == "0"
+    with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
+        _train(config, start, layout, plan, sources, identity)
+
+
+@contextlib.contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Turn the error that a process meets when another one is gone into one message."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's has no class of its own
+        first_line = str(error).splitlines()[0]
+        if "gloo" not in first_line and type(error).__name__ != "DistBackendError":
+            raise
+        raise TrainingError(
+            f"another process of the run is gone or silent ({first_line}); look for the first error above, and start the same "
+            "command again: it goes on from the last checkpoint."
+        ) from error
 
 
 def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: Any, identity: dict[str, Any]) -> None:
-    """Build everything and run the loop. Every process runs this."""
+    """Build everything and run the loop. Every process runs this; a process group that exists already is used and left in place."""
     import torch
+    from megatron.core import parallel_state
 
     from megatron_instruct.platform import device
     from megatron_instruct.training.loop import build_run, loop
     from megatron_instruct.training.metrics import Metrics, RunSize
 
-    machine = device.initialize(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    own_group = not torch.distributed.is_initialized()
+    machine = device.initialize(timeout_minutes=config.parallel.distributed_timeout_minutes, threads=config.parallel.num_threads)
     first = torch.distributed.get_rank() == 0
     parts = build_run(config, start, layout, plan, sources, machine, identity)
     peak = device.peak_flops(machine, "bf16" if config.parallel.bf16 else "fp32")
@@ -75,7 +121,9 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         write_manifest(config.checkpoint.save / "manifest.json", Manifest(stage="pretrain", settings=identity, facts=facts))
         print(f"done: {config.checkpoint.save}", flush=True)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    parallel_state.destroy_model_parallel()
+    if own_group:
+        torch.distributed.destroy_process_group()
 
 
 def _keep_tokenizer(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint import latest_iteration, read_description
-from megatron_instruct.models.presets import make_architecture
+from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.config import BatchOptions, ModelOptions, PretrainConfig
 
@@ -96,12 +96,15 @@ def _check_positions(architecture: Architecture, seq_length: int) -> Architectur
 
 
 def _check_agreement(options: ModelOptions, architecture: Architecture, source: Path) -> None:
-    if options.preset is not None:
-        raise ConfigError(f"preset={options.preset!r} is given, and the model's size comes from {source}; drop preset.")
-    for name in _DIMENSIONS:
-        given = getattr(options, name)
-        if given is not None and given != getattr(architecture, name):
-            raise ConfigError(f"{name}={given!r} is given, and the model in {source} has {getattr(architecture, name)!r}; drop {name}.")
+    given = {name: getattr(options, name) for name in _DIMENSIONS if getattr(options, name) is not None}
+    wanted = {**(preset(options.preset) if options.preset else {}), **given}
+    for name, value in wanted.items():
+        if value != getattr(architecture, name):
+            origin = name if name in given else f"preset={options.preset}"
+            raise ConfigError(
+                f"{origin} asks for {name}={value!r}, and the model in {source} has {getattr(architecture, name)!r}; "
+                f"drop {origin.split('=')[0]}: the model's size comes from the checkpoint."
+            )
 
 
 def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) -> dict[str, Any]:
@@ -111,11 +114,12 @@ def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) ->
         "architecture": start.architecture.to_json(),
         "tokenizer": start.tokenizer.fingerprint,
         "data": data_fingerprint,
-        "blend": list(config.data.data_path or config.data.train_data_path),
         "split": config.data.split if config.data.data_path else None,
         "eod_mask_loss": config.data.eod_mask_loss,
         **{name: getattr(batch, name) for name in _RESULT_SETTINGS},
         "dtype": "bf16" if config.parallel.bf16 else "fp32",
+        # not a matter of the result, but megatron-core 0.19.2 reads no optimizer state that the other kind of optimizer wrote
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "load": None if config.checkpoint.load is None else str(config.checkpoint.load),
         "transformer_config": dict(config.model.transformer_config),
     }

@@ -4,6 +4,7 @@ Shapes: B micro_batch_size, S seq_length. Losses are sums over tokens with the n
 not depend on how the global batch was cut.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_instruct.errors import TrainingError
 
 Batch = dict[str, torch.Tensor]
+_REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,13 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss = _run(chunks, data, shape, forward_only=False)
-    if not torch.isfinite(torch.tensor(loss)):
-        raise TrainingError(f"the loss is {loss}; lower lr or raise lr_warmup_iters. No weight was changed by this step.")
-    updated, grad_norm, _ = optimizer.step()
-    if not updated:
-        raise TrainingError("the optimizer skipped a step (a gradient is not finite); lower lr or raise lr_warmup_iters.")
-    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0))
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss}; {_REMEDY}")
+    updated, norm, _ = optimizer.step()
+    grad_norm = float(norm or 0.0)
+    if not updated or not math.isfinite(grad_norm):
+        raise TrainingError(f"the norm of the gradient is {grad_norm} at a loss of {loss:.4f}; {_REMEDY}")
+    return StepResult(loss=loss, grad_norm=grad_norm)
 
 
 def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[Batch]], shape: StepShape) -> float:

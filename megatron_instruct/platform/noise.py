@@ -1,0 +1,26 @@
+"""What third parties say on import and on saving that no user of this project can act on.
+
+To be called before megatron-core is imported. Everything else that they say stays visible.
+"""
+
+import logging
+import warnings
+
+_WARNINGS = (
+    "Transformer Engine and Apex are not installed",  # megatron-core then takes torch's own kernels, as the CPU wants;
+    "Apex is not installed",  # on CUDA the build of the model asks for Transformer Engine by name
+    "full scope is deprecated",  # megatron-core 0.19.2 meets its own default value
+    ".* is experimental and still under active development",  # of megatron-core's multimodal parts, not used here
+)
+_LOGGERS = (
+    "torch.utils.cpp_extension",  # "No CUDA runtime is found", though nothing is compiled
+    "megatron.core.dist_checkpointing.strategies.torch",  # "async save is deprecated" from its own synchronous save (0.19.2)
+)
+
+
+def silence() -> None:
+    """Drop these messages in this process."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,92 @@
+"""The CPU seam: every replaced symbol exists, and with CUDA nothing is replaced."""
+
+import functools
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from megatron_instruct.platform import cpu_seam, device
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("replacement", cpu_seam.REPLACEMENTS, ids=lambda replacement: replacement.symbol)
+def test_every_replaced_symbol_exists_and_says_why(replacement: cpu_seam.Replacement) -> None:
+    module, path = replacement.symbol.split(":")
+    assert functools.reduce(getattr, path.split("."), importlib.import_module(module)) is not None
+    assert len(replacement.why) > 10
+
+
+def test_no_symbol_is_replaced_twice() -> None:
+    symbols = [replacement.symbol for replacement in cpu_seam.REPLACEMENTS]
+    assert len(set(symbols)) == len(symbols)
+
+
+def test_installing_where_cuda_is_available_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.tensor
+    with pytest.raises(AssertionError, match="nothing is replaced"):
+        cpu_seam.install()
+    assert torch.tensor is before
+
+
+def test_with_cuda_joining_the_group_replaces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    joined = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    machine = device.initialize()
+    assert (machine.kind, machine.backend) == ("cuda", "nccl")
+    assert joined == [machine.device]
+    assert cpu_seam._installed == []
+
+
+def test_another_megatron_core_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import package_info
+
+    from megatron_instruct.errors import ConfigError
+
+    monkeypatch.setattr(package_info, "__version__", "0.21.0")
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.21\.0 is installed.*pip install"):
+        cpu_seam.install()
+
+
+def test_on_cpu_tensors_asked_for_on_cuda_land_on_the_cpu() -> None:
+    code = (
+        "from megatron_instruct.platform import cpu_seam; cpu_seam.install(); import torch;"
+        "made = [torch.zeros(2, device='cuda'), torch.tensor([1], device='cuda:0'), torch.ones(1).cuda(), torch.empty(2, pin_memory=True)];"
+        "assert all(tensor.device.type == 'cpu' for tensor in made); assert isinstance(torch.cuda.Stream, type);"
+        "assert torch.ones(1).type() == 'torch.FloatTensor'; print(len(cpu_seam._installed))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(len(cpu_seam.REPLACEMENTS)), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("omp", "processes", "threads"), [("3", "1", 3), ("1", "1", 1), ("3", "2", 3), ("", "2", 4), ("1", "2", 4), ("0", "16", 1)]
+)
+def test_threads_of_a_process(omp: str, processes: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: 8)
+    assert device.default_threads() == threads
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from megatron_instruct.errors import ConfigError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="at most one process a GPU"):
+        device.current()
