@@ -16,6 +16,7 @@ from megatron_instruct.templates.rendering import Rendering, render
 from megatron_instruct.templates.slots import parse
 
 NASTY = [
+    "  padded \n\n",
     "{question}",
     "{}",
     "{0}",
@@ -237,7 +238,9 @@ def test_few_shot_explains_where_a_pair_has_a_rationale() -> None:
     assert "few_shot" in plain
     assert "few_shot_explained" not in plain
     assert "few_shot_explained" in explained.document.provenance["drawn"]
-    assert "reason 1" in of_role(explained.document, "response")[1]
+    first, second = of_role(explained.document, "response")
+    assert first == drawn_style(explained, bank, "few_shot_explained")["plain_reply"].fill({"answer": "answer 0"})
+    assert "reason 1" in second
 
 
 def test_a_pair_with_more_than_its_kind_says_loses_nothing() -> None:

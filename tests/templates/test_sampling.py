@@ -93,7 +93,7 @@ def test_inversion_comes_with_every_layout(drawn: dict[str, list[Hashable]]) -> 
 def test_seed_id_and_name_each_change_the_draw() -> None:
     draws = {
         (seed, example, name): Choices(seed, example).index(name, 10**9)
-        for seed, example, name in itertools.product((1, 2, 12), ("1", "2", "12", "\0", "é", "\udc80"), ("a", "b", "ab"))
+        for seed, example, name in itertools.product((1, 2, 11, 12), ("1", "2", "12", "21", "\0", "é", "\udc80"), ("a", "b", "ab"))
     }
     assert len(set(draws.values())) == len(draws)
     assert Choices(1, "1").index("a", 10**9) == draws[1, "1", "a"], "and nothing else does"
