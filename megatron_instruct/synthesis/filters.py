@@ -21,8 +21,9 @@ _STEM = 6
 """Letters of a word that are compared."""
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]+|[^\W_぀-ヿ㐀-鿿가-힯]+")
 _CJK = re.compile(r"[぀-ヿ㐀-鿿가-힯]")
+_NOTE = re.compile(r"\[[^\]]*\]")
 _BEFORE = 80
-"""Characters of the text before an answer in which the subject of its question may be named."""
+"""Characters of the text before an answer, bracketed notes left out, in which the subject of its question may be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +181,8 @@ def relevance(pair: InstructionPair, place: Place) -> str | None:
         return "question not about the text"
     position = place.text.find(pair.answer)
     if position >= 0 and wanted:
-        near = place.text[max(position - _BEFORE, 0) : position + len(pair.answer)]
-        if not set(wanted) & set(content_words(near, place.words)):
+        before = _NOTE.sub("", place.text[:position])[-_BEFORE:]
+        if not set(wanted) & set(content_words(f"{before} {pair.answer}", place.words)):
             return "question not about its answer"
     return None
 
