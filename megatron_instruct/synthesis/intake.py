@@ -6,7 +6,7 @@ Comes in: files. Goes out: a folder with texts.jsonl (one raw text a line), reje
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,7 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
     rejected: Counter[str] = Counter()
     with atomic_folder(folder) as unfinished:
         with open(unfinished / TEXTS, "w", encoding="utf-8") as texts, open(unfinished / "rejects.jsonl", "w", encoding="utf-8") as rejects:
-            for item in _unique(_limited(files, options)):
+            for item in _limited(files, options):
                 counts["records"] += 1
                 for one in _texts(item, options, fits, counts):
                     if isinstance(one, Reject):
@@ -99,39 +99,29 @@ class Texts:
 
 
 def _limited(files: Sequence[Path], options: IntakeOptions) -> Iterator[RawText | BrokenRecord]:
-    count = 0
-    for path in files:
-        for record in read_records(path):
-            if count == options.limit:
-                return
-            count += 1
-            yield raw_text(record, text_key=options.text_key, id_key=options.id_key) if isinstance(record, Record) else record
-
-
-def _unique(items: Iterable[RawText | BrokenRecord]) -> Iterator[RawText | Reject | BrokenRecord]:
-    """An id that is there already cannot name a second text."""
+    """Yield the texts of the first records; an id that is there already cannot name a second text."""
     seen: set[str] = set()
-    for item in items:
-        if isinstance(item, RawText) and item.id in seen:
-            yield Reject(where="corpus", id=item.id, reason="repeated id", content=item.text)
-        else:
-            if isinstance(item, RawText):
-                seen.add(item.id)
-            yield item
+    for count, record in enumerate(record for path in files for record in read_records(path)):
+        if count == options.limit:
+            return
+        text = raw_text(record, text_key=options.text_key, id_key=options.id_key) if isinstance(record, Record) else record
+        if isinstance(text, RawText) and text.id in seen:
+            detail = f"the id {text.id!r} stands for an earlier text"
+            text = BrokenRecord(path=record.path, line=record.line, reason="repeated id", detail=detail, raw=text.text)
+        elif isinstance(text, RawText):
+            seen.add(text.id)
+        yield text
 
 
 def _texts(
-    item: RawText | Reject | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str]
+    item: RawText | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str]
 ) -> Iterator[RawText | Reject]:
     if isinstance(item, BrokenRecord):
-        item = Reject(where=item.where, id="", reason=item.reason, content=item.raw, detail=item.detail)
-    if isinstance(item, Reject):
         if options.on_error == "stop":
             raise InputError(
-                f"{item.where}: {item.reason}: {item.detail or item.id}; "
-                "mend the input, or pass --on-error reject to set such records aside."
+                f"{item.where}: {item.reason}: {item.detail}; mend the input, or pass --on-error reject to set such records aside."
             )
-        yield item
+        yield Reject(where=item.where, id="", reason=item.reason, content=item.raw, detail=item.detail)
     elif fits(item.text):
         yield item
     elif options.long_texts == "reject":

@@ -150,7 +150,7 @@ def test_a_bad_record_stops_the_run_or_is_set_aside_by_flag(bench: Any, synthesi
     corpus.write_text(corpus.read_text() + line + "\n")
     status, printed = synthesize(corpus)
     assert status == 3
-    assert BAD_RECORDS[line] in printed
+    assert f"corpus.jsonl:3: {BAD_RECORDS[line]}" in printed
     assert "--on-error reject" in printed
     assert synthesize(corpus, "other", on_error="reject")[0] == 0
     manifest = read_manifest(bench.folder / "other" / "manifest.json")
