@@ -1,0 +1,60 @@
+"""Pre-trains several times in the same processes: importing torch and megatron-core costs more than a tiny run.
+
+    torchrun several_runs.py RUNS.json
+
+RUNS.json: a list of {"flags": [...], "of": FOLDER or null, "at": ITERATION}; with "of", the run's --save folder is first made to look
+like FOLDER stopped after that iteration. What went wrong is written to RUNS.json.errors.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_instruct.config import parse
+from megatron_instruct.errors import MegatronInstructError
+from megatron_instruct.platform import noise
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.run import run
+
+
+def stop_at(source: Path, iteration: int, target: Path) -> None:
+    """Copy a finished run as if it had been stopped some steps after this iteration."""
+    target.mkdir()
+    name = f"iter_{iteration:07d}"
+    shutil.copytree(source / name, target / name)
+    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
+    (target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+
+
+def main() -> None:
+    noise.silence()
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_instruct.platform import device
+
+    device.initialize(timeout_minutes=2)
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    errors = {}
+    for number, description in enumerate(runs):
+        config = parse(PretrainConfig, description["flags"], prog="pretrain.py")
+        assert config is not None
+        if description["of"] and torch.distributed.get_rank() == 0:
+            stop_at(Path(description["of"]), description["at"], config.checkpoint.save)
+        torch.distributed.barrier()
+        try:
+            run(config)
+        except MegatronInstructError as error:
+            errors[str(number)] = f"{error.exit_status} {error}"
+            parallel_state.destroy_model_parallel()
+    if os.environ.get("RANK", "0") == "0":
+        Path(f"{sys.argv[1]}.errors").write_text(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()

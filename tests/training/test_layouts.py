@@ -1,0 +1,120 @@
+"""Every layout trains the same model: losses and gradient norms equal those of one process, and so does a run resumed elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_instruct.models.architecture import Architecture
+
+from .conftest import (
+    FIRST_STEP_IDLE,
+    ITERATIONS,
+    PIPELINE,
+    SHARDED,
+    TENSOR,
+    TWO,
+    TWO_RESUMED,
+    Runs,
+    assert_same_end,
+    read_metrics,
+    weights,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOUR = {
+    "tensor pipeline": (*TENSOR, *PIPELINE),
+    "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
+    "tensor distributed optimizer": (*TENSOR, *SHARDED),
+    "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
+}
+
+
+@pytest.fixture(scope="module")
+def four(runs: Runs, one: dict[str, Path], two: dict[str, Path]) -> dict[str, Path]:
+    return runs(4, FOUR, {"two to four": (two["distributed optimizer"], (*TENSOR, *PIPELINE, *SHARDED))})
+
+
+def assert_equal_runs(folder: Path, reference: Path, *, tolerance: float) -> None:
+    found, wanted = read_metrics(folder), read_metrics(reference)
+    assert [row[0] for row in found.training] == list(range(1, ITERATIONS + 1))
+    assert [row[0] for row in found.validation] == [0, 10, 20]
+    for mine, theirs in zip(found.training, wanted.training, strict=True):
+        assert mine == pytest.approx(theirs, abs=tolerance, rel=0.0)
+    for one, other in zip(found.validation, wanted.validation, strict=True):
+        assert one == pytest.approx(other, abs=tolerance, rel=0.0)
+
+
+def test_the_reference_learns(one: dict[str, Path]) -> None:
+    losses = [row[1] for row in read_metrics(one["reference"]).training]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", ["micro batch 4", "recompute all"])
+def test_one_process_cut_otherwise_equals_the_reference(name: str, one: dict[str, Path]) -> None:
+    assert_equal_runs(one[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_equal_one(name: str, one: dict[str, Path], two: dict[str, Path]) -> None:
+    assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tensor pipeline", "pipeline distributed optimizer", "tensor distributed optimizer"])
+def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[str, Path]) -> None:
+    assert_equal_runs(four[name], one["reference"], tolerance=1e-5)
+
+
+def test_resumed_in_one_process_equals_the_undisturbed_run_exactly(one: dict[str, Path]) -> None:
+    assert_same_end(one["again reference"], one["reference"])
+
+
+def test_means_over_a_log_interval_survive_a_resume_between_two_lines(one: dict[str, Path]) -> None:
+    assert [row[0] for row in read_metrics(one["logged every 4"]).training] == [4, 8, 10, 12, 16, 20]
+    assert_same_end(one["again logged every 4"], one["logged every 4"])
+
+
+def test_a_blend_is_the_same_in_two_processes_and_differs_from_its_parts(one: dict[str, Path], two: dict[str, Path]) -> None:
+    assert_equal_runs(two["blend"], one["blend"], tolerance=1e-5)
+    assert read_metrics(one["blend"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
+
+
+def test_bf16_stays_near_fp32(one: dict[str, Path]) -> None:
+    found, wanted = read_metrics(one["bf16"]).training, read_metrics(one["reference"]).training
+    assert len(found) == 3
+    for mine, theirs in zip(found, wanted, strict=False):
+        assert mine[1] == pytest.approx(theirs[1], abs=0.02)
+        assert mine[1] != theirs[1]
+
+
+@pytest.mark.parametrize("name", TWO_RESUMED)
+def test_resumed_in_two_processes(name: str, two: dict[str, Path]) -> None:
+    source = two[TWO_RESUMED[name][0]]
+    if name.startswith("again"):
+        assert_same_end(two[name], source)
+    else:
+        assert_equal_runs(two[name], source, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one to tensor", "one to interleaved"])
+def test_a_run_of_one_process_goes_on_in_two(name: str, one: dict[str, Path], two: dict[str, Path]) -> None:
+    assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
+
+
+def test_a_run_of_two_processes_goes_on_in_four(two: dict[str, Path], four: dict[str, Path]) -> None:
+    assert_equal_runs(four["two to four"], two["distributed optimizer"], tolerance=1e-5)
+
+
+def test_initial_weights_are_the_same_in_every_layout(one: dict[str, Path], four: dict[str, Path]) -> None:
+    import torch
+
+    alone, spread = weights(one["initial"], 1), weights(four["initial four"], 1)
+    model = [name for name in alone if not name.startswith("optimizer") and "chained" not in name]
+    assert len(model) > 8
+    for name in model:
+        assert torch.equal(alone[name], spread[name]), name
+    described = json.loads((one["initial"] / "iter_0000001" / "manifest.json").read_text())["facts"]["architecture"]
+    size = Architecture.from_json(described)
+    padding = 2 * (512 - size.vocab_size) * size.hidden_size
+    assert sum(alone[name].numel() for name in model) == size.num_parameters + padding
