@@ -31,7 +31,7 @@ class CorpusConfig:
     """Files, folders or glob patterns: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
     output_dir: Path
     """Folder of the three parts."""
-    heldout: int = 60
+    heldout: int = 48
     """Texts held out for the evaluation; at most a fifth of the corpus."""
     synthesize: int = 200
     """Texts that get instruction-response pairs, at most."""

@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
 """Pipeline stages of the training run; the model's 9 heads rule out 2 tensor ranks."""
+QUESTIONS = 32
+"""Multiple-choice questions at most; each takes 4 runs of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,9 @@ class QuickstartConfig:
     """Hugging Face folder of the model that writes the pairs and is trained further (default: SmolLM2-135M-Instruct)."""
     synthesize: int = 200
     """Texts that get instruction-response pairs, at most."""
-    heldout: int = 60
+    heldout: int = 48
     """Texts held out for the evaluation, at most."""
-    train_iters: int = 40
+    train_iters: int = 12
     """Optimizer steps."""
 
     @property
@@ -152,7 +154,17 @@ def _evaluation(config: QuickstartConfig) -> list[Stage]:
     questions = Stage(
         name="questions",
         what="Make multiple-choice questions from the held-out texts",
-        command=_python("tools/make_evaluation_task.py", "--input", heldout, "--output-dir", out / "task", "--name", "heldout"),
+        command=_python(
+            "tools/make_evaluation_task.py",
+            "--input",
+            heldout,
+            "--output-dir",
+            out / "task",
+            "--name",
+            "heldout",
+            "--max-questions",
+            QUESTIONS,
+        ),
         result=out / "task" / "manifest.json",
     )
     return [

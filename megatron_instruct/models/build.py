@@ -172,7 +172,7 @@ def _layer_spec(config: TransformerConfig, machine: Machine, vp_stage: int | Non
         try:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
-            raise MissingPackageError("transformer-engine[pytorch]", extra="train", purpose="training on a GPU") from error
+            raise MissingPackageError("transformer-engine[pytorch]", extra="gpu", purpose="training on a GPU") from error
         return ModuleSpec(module=TransformerLayer, submodules=get_gpt_layer_with_transformer_engine_submodules())
     from megatron_instruct.platform.cpu_modules import RMSNorm, ScaledDotProductAttention
 

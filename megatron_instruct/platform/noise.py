@@ -10,6 +10,9 @@ _WARNINGS = (
     "Transformer Engine and Apex are not installed",  # megatron-core then takes torch's own kernels, as the CPU wants;
     "Apex is not installed",  # on CUDA the build of the model asks for Transformer Engine by name
     "full scope is deprecated",  # megatron-core 0.19.2 meets its own default value
+    "Please use DTensor instead and we are deprecating ShardedTensor",  # megatron-core's checkpoints use it (0.19.2, torch 2.13)
+    "torch.distributed is disabled, unavailable or uninitialized",  # each rank reads its own parts of a checkpoint, as meant
+    "The argument order of load has been changed",  # megatron-core names its arguments
     ".* is experimental and still under active development",  # of megatron-core's multimodal parts, not used here
 )
 _LOGGERS = (

@@ -6,6 +6,7 @@ says; and compiles grammars before a request is scheduled, for the same reason.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         on_cpu = _set_environment(settings)
+        warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op. is deprecated")  # vLLM 0.32 looks through all of torch
         try:
             import vllm
         except ImportError as error:
@@ -96,6 +98,7 @@ def _arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
         "gpu_memory_utilization": utilization if utilization is not None else (0.3 if on_cpu else 0.9),
         "enforce_eager": settings.enforce_eager or on_cpu,
         "max_num_seqs": settings.max_num_seqs,
+        "use_tqdm_on_load": False,
         "structured_outputs_config": {"backend": "guidance"} if settings.structured else None,
     }
     return {name: value for name, value in arguments.items() if value is not None}
