@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.files import locked
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.run import run
-from megatron_instruct.files import locked
 
 Start = Callable[..., subprocess.Popen[str]]
-LIMIT = 60.0
+LIMIT = 180.0
 """Seconds before a test gives up waiting."""
 
 

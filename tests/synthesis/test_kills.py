@@ -9,7 +9,7 @@ from typing import Any
 from megatron_instruct.files import locked
 
 Start = Callable[..., subprocess.Popen[str]]
-LIMIT = 90.0
+LIMIT = 180.0
 """Seconds before a test gives up waiting."""
 SETTINGS = {"rounds": 3, "shard_size": 6}
 
