@@ -26,7 +26,7 @@ class QuickstartConfig:
     """Texts that get instruction-response pairs, at most."""
     heldout: int = 48
     """Texts held out for the evaluation, at most."""
-    train_iters: int = 12
+    train_iters: int = 10
     """Optimizer steps."""
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_instruct.errors import ConfigError
 
@@ -150,6 +151,7 @@ def install() -> None:
             f"megatron-core {version} is installed, and running it on CPU is known to work with {MEGATRON_CORE_VERSION}.x; "
             f"install it with: pip install 'megatron-core=={MEGATRON_CORE_VERSION}.*'"
         )
+    _device_constructors()  # cached by torch 2.13: `with torch.device(...)` goes on knowing the original factories that ours call
     for replacement in REPLACEMENTS:
         module, path = replacement.symbol.split(":")
         *owners, name = path.split(".")

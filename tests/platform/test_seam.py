@@ -12,6 +12,12 @@ from megatron_instruct.platform import cpu_seam, device
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of other rooms may have installed the seam in this process."""
+    monkeypatch.setattr(cpu_seam, "_installed", [])
+
+
 @pytest.mark.parametrize("replacement", cpu_seam.REPLACEMENTS, ids=lambda replacement: replacement.symbol)
 def test_every_replaced_symbol_exists_and_says_why(replacement: cpu_seam.Replacement) -> None:
     module, path = replacement.symbol.split(":")
@@ -64,6 +70,8 @@ def test_on_cpu_tensors_asked_for_on_cuda_land_on_the_cpu() -> None:
         "from megatron_instruct.platform import cpu_seam; cpu_seam.install(); import torch;"
         "made = [torch.zeros(2, device='cuda'), torch.tensor([1], device='cuda:0'), torch.ones(1).cuda(), torch.empty(2, pin_memory=True)];"
         "assert all(tensor.device.type == 'cpu' for tensor in made); assert isinstance(torch.cuda.Stream, type);"
+        "meta = torch.device('meta'); meta.__enter__(); assert torch.zeros(2).is_meta and torch.empty(2).is_meta;"
+        "meta.__exit__(None, None, None);"
         "assert torch.ones(1).type() == 'torch.FloatTensor'; print(len(cpu_seam._installed))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
