@@ -97,7 +97,7 @@ def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
     assert process.returncode == 1
     assert f"(process {workers[0].pid}) was killed by SIGKILL while encoding {large_corpus} lines" in err
     assert "fewer --workers" in err
-    assert not any(map(lives, workers))
+    wait_until(lambda: not any(map(lives, workers)))
     finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_all_workers_with_one_line(tmp_path: Path, large_corpus: Pat
     assert process.returncode == 130
     assert "interrupted; finished work is kept" in err
     assert "Traceback" not in err
-    assert not any(map(lives, workers))
+    wait_until(lambda: not any(map(lives, workers)))
 
 
 def test_leftovers_of_a_run_with_other_settings_are_not_taken(
