@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -128,7 +128,8 @@ def _started(count: int, setup: WorkerSetup) -> Any:
         for number in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, setup), name=f"preprocess-{number}", daemon=True)
-            process.start()
+            with _interrupts_held():
+                process.start()
             theirs.close()
             team.append(_Worker(number, process, ours))
         yield team
@@ -139,6 +140,16 @@ def _started(count: int, setup: WorkerSetup) -> Any:
             worker.process.kill()
             worker.process.join()
             worker.connection.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back meanwhile. A process started here inherits that, so that it cannot be interrupted before it ignores Ctrl-C."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
