@@ -203,18 +203,22 @@ _EVALUATION_NOTE = (
     "A difference is called better or worse only where two equally good models would show one so large in fewer than 5 % of such "
     "comparisons: McNemar's exact test for questions, a paired bootstrap over texts for perplexity."
 )
-_SHOWN_METRICS = {"perplexity": "Perplexity of held-out texts", "bits_per_byte": "Bits per byte of held-out texts"}
+_SHOWN_METRICS = {
+    "perplexity": "Perplexity of held-out texts (lower is better)",
+    "bits_per_byte": "Bits per byte of held-out texts (lower is better)",
+    "acc": "Questions answered right",
+    "acc_norm": "Questions answered right, likelihood per character",
+}
 
 
 def _comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
     rows = []
-    for one in comparisons:
-        measure = _SHOWN_METRICS[one.name] if one.task == PERPLEXITY and one.name in _SHOWN_METRICS else f"Questions: {one.name}"
+    for one in (one for one in comparisons if one.name in _SHOWN_METRICS):
         digits = 2 if one.name == "perplexity" else 3
         says = one.verdict if one.p_value is None else f"{one.verdict} (p = {one.p_value:.2g}, {one.n} {_unit(one)})"
         rows.append(
             {
-                "measure": measure,
+                "measure": _SHOWN_METRICS[one.name],
                 "base": f"{one.value_a:.{digits}f}",
                 "trained": f"{one.value_b:.{digits}f}",
                 "difference": f"{one.difference:+.{digits}f}",
