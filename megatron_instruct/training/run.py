@@ -7,6 +7,7 @@ The walk: settings -> what to start from -> layout and batches -> data sources (
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The processes of one machine see the same settings and files, so that the first of them speaks for all; the others speak up
     only about an error that is theirs alone.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Python would handle Ctrl-C only once gloo or NCCL returns, and they wait for a process that may have ended
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
     said = io.StringIO()
