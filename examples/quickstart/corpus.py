@@ -34,7 +34,7 @@ class CorpusConfig:
     heldout: int = 48
     """Texts held out for the evaluation; at most a fifth of the corpus."""
     synthesize: int = 200
-    """Texts that get instruction-response pairs, at most."""
+    """Texts that get instruction-response pairs, at most; at least a quarter of those not held out stay raw."""
     synthesize_characters: int = 150_000
     """Characters of these texts together, at most."""
     seed: int = 1234
@@ -97,11 +97,12 @@ def _read(files: list[Path]) -> tuple[dict[str, dict[str, Any]], list[BrokenReco
 def _divide(documents: dict[str, dict[str, Any]], config: CorpusConfig) -> dict[str, list[dict[str, Any]]]:
     drawn = sorted(documents, key=lambda name: hashlib.sha256(f"{config.seed}/{name}".encode()).digest())
     held = min(config.heldout, len(drawn) // 5)
+    most = min(config.synthesize, (len(drawn) - held) * 3 // 4)
     part_of = dict.fromkeys(drawn[:held], "heldout")
     characters = chosen = 0
     for name in drawn[held:]:
         length = len(documents[name]["text"])
-        fits = chosen < config.synthesize and characters + length <= config.synthesize_characters
+        fits = chosen < most and characters + length <= config.synthesize_characters
         part_of[name] = "synthesize" if fits else "raw"
         chosen, characters = chosen + fits, characters + fits * length
     if not chosen:

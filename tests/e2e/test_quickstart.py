@@ -49,6 +49,13 @@ def test_broken_lines_and_repeated_ids_are_set_aside_and_counted(tmp_path: Path)
     assert "3 lines set aside" in done.stdout
 
 
+def test_the_smallest_corpus_still_has_texts_of_every_part(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Text {number} about kludges."}) for number in range(30)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert divide("--input", tmp_path / "corpus.jsonl", "--output-dir", tmp_path / "parts").returncode == 0
+    assert [len(ids(tmp_path / "parts" / f"{name}.jsonl")) for name in ("synthesize", "raw", "heldout")] == [18, 6, 6]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
