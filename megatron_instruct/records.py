@@ -12,6 +12,10 @@ from megatron_instruct.errors import InputError
 
 PairKind = Literal["free_form", "options", "chain_of_thought", "options_chain_of_thought"]
 Role = Literal["context", "instruction", "response", "glue"]
+TokenRole = Literal["context", "instruction", "response", "glue", "end_of_document", "padding"]
+"""What a token of a data set is: the role of its characters, or one that was added."""
+ROLE_CODES: dict[TokenRole, int] = {role: code for code, role in enumerate(get_args(TokenRole))}
+"""The byte that stands for each role in the file PREFIX.roles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
