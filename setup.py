@@ -15,6 +15,7 @@ EXTRAS = {
     "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }
+EXTRAS["cluster"] = ["ray"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
 EXTRAS["dev"] = [
@@ -40,6 +41,7 @@ TOOLS = {
     "pretrain": "training.run",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",
+    "make-evaluation-task": "evaluation.task",
 }
 
 setup(
