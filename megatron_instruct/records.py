@@ -16,6 +16,8 @@ TokenRole = Literal["context", "instruction", "response", "glue", "end_of_docume
 """What a token of a data set is: the role of its characters, or one that was added."""
 ROLE_CODES: dict[TokenRole, int] = {role: code for code, role in enumerate(get_args(TokenRole))}
 """The byte that stands for each role in the file PREFIX.roles."""
+ROLES_SUFFIX = ".roles"
+"""End of the name of the file beside PREFIX.bin that holds one byte per token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

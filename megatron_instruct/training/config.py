@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_instruct.errors import ConfigError
+from megatron_instruct.errors import ConfigError, did_you_mean
 from megatron_instruct.models.architecture import Family
+from megatron_instruct.records import ROLE_CODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,12 @@ class BatchOptions:
     """Highest learning rate."""
     min_lr: float = 0.0
     """Lowest learning rate."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
-    """How the learning rate falls after warm-up."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """How the learning rate falls after warm-up; WSD: it stays, and falls over the last lr_wsd_decay_iters steps."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """How it falls there."""
+    lr_wsd_decay_iters: int | None = None
+    """Last steps of lr_decay_iters in which it falls, with lr_decay_style=WSD."""
     lr_warmup_iters: int = 0
     """Steps over which the learning rate rises from 0."""
     lr_decay_iters: int | None = None
@@ -137,6 +142,13 @@ class BatchOptions:
         decay = self.lr_decay_iters or self.train_iters
         if self.lr_warmup_iters >= decay:
             raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must be below lr_decay_iters={decay} (by default train_iters).")
+        falls = self.lr_wsd_decay_iters
+        if (self.lr_decay_style == "WSD") != (falls is not None):
+            raise ConfigError("lr_decay_style=WSD and lr_wsd_decay_iters go together; give both or neither.")
+        if falls is not None and not 0 < falls <= decay - self.lr_warmup_iters:
+            raise ConfigError(
+                f"lr_wsd_decay_iters={falls} must lie between 1 and lr_decay_iters - lr_warmup_iters = {decay - self.lr_warmup_iters}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +171,13 @@ class DataOptions:
     """Accept data sets without a manifest, made by another tool with this very tokenizer."""
     eod_mask_loss: bool = False
     """Take no loss at end-of-document tokens in the input."""
+    reset_attention_mask: bool = False
+    """Attend within documents only; needs data made with --append-eod."""
+    reset_position_ids: bool = False
+    """Count positions from each document's start. Rotary positions are relative: with reset_attention_mask they are so anyway."""
+    role_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of the loss by role of the token: ROLE WEIGHT pairs (context, instruction, response, glue, end_of_document); roles not named
+    get 0, padding always. Data sets without roles count whole. Default: every token counts 1."""
     num_workers: int = 0
     """Processes that read batches ahead, per rank."""
 
@@ -167,6 +186,14 @@ class DataOptions:
             raise ConfigError("give either data_path or train_data_path (with valid_data_path).")
         if self.data_path and self.valid_data_path:
             raise ConfigError("valid_data_path goes with train_data_path; data_path is divided by split.")
+        known = [role for role in ROLE_CODES if role != "padding"]
+        for role, weight in self.role_weights.items():
+            if role not in known:
+                raise ConfigError(f"role_weights: no role {role!r}{did_you_mean(role, known)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ConfigError(f"role_weights: {role}={weight} must be 0 or a positive number.")
+        if self.role_weights and not any(self.role_weights.values()):
+            raise ConfigError("role_weights: every weight is 0, so that nothing is learnt; give one role a weight above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

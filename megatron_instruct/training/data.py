@@ -1,92 +1,25 @@
 """Indexed data sets -> batches of token tensors.
 
-Comes in: prefixes of .bin/.idx files with the manifests that preprocessing wrote. Goes out: for each step and data-parallel
-rank, the same samples whatever the layout. Order and blending are megatron-core's (BlendedMegatronDatasetBuilder, GPTDataset).
-Does not know: the model.
+Comes in: the checked sources of a run. Goes out: for each step and data-parallel rank, the same samples whatever the layout. Order and
+blending are megatron-core's (BlendedMegatronDatasetBuilder, GPTDataset). Does not know: the model.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.errors import InputError
 from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
-from megatron_instruct.manifest import Manifest, read_manifest
-from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.plan import BatchPlan
-
-Blend = tuple[list[str], list[float] | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """What the data say of the tokenizer that made them. megatron-core reads eod, pad, vocab_size and unique_identifiers."""
-
-    fingerprint: str
-    vocab_size: int
-    eod: int
-    pad: int = -1
-    """No id: samples are cut from a stream and never padded."""
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSources:
-    """The data of a run, checked before any process group exists."""
-
-    train: Blend
-    valid: Blend | None
-    """None when train is divided by `split`."""
-    split: str
-    vocabulary: Vocabulary
-    fingerprint: str
-    """SHA-256 over the content of every data set and the weights of the blend."""
-
-
-def find_sources(config: PretrainConfig, tokenizer: Tokenizer) -> DataSources:
-    """Read blends and manifests. Raises ConfigError for a broken blend, InputError for data missing or of another tokenizer."""
-    options = config.data
-    train = parse_blend(options.data_path or options.train_data_path, field="data_path" if options.data_path else "train_data_path")
-    valid = parse_blend(options.valid_data_path, field="valid_data_path") if options.valid_data_path else None
-    check_split(options.split)
-    prints = [_blend_fingerprint(blend, tokenizer, adopt=options.adopt_data) for blend in (train, valid) if blend is not None]
-    vocabulary = Vocabulary(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
-    fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
-    return DataSources(train=train, valid=valid, split=options.split, vocabulary=vocabulary, fingerprint=fingerprint)
-
-
-def parse_blend(words: Sequence[str], *, field: str) -> Blend:
-    """Read "PREFIX", "PREFIX PREFIX ..." or "WEIGHT PREFIX WEIGHT PREFIX ..."."""
-    if not any(_is_number(word) for word in words):
-        return list(words), None
-    if len(words) % 2:
-        raise ConfigError(f"{field} has {len(words)} words; give WEIGHT PREFIX pairs, or prefixes alone.")
-    weights, prefixes = list(words[0::2]), list(words[1::2])
-    for weight, prefix in zip(weights, prefixes, strict=True):
-        if not _is_number(weight) or not float(weight) > 0.0 or float(weight) == float("inf"):
-            raise ConfigError(f"{field}: the weight {weight!r} of {prefix} is not a positive number.")
-        if _is_number(prefix):
-            raise ConfigError(f"{field}: {prefix!r} stands where a prefix must; give WEIGHT PREFIX pairs.")
-    return prefixes, [float(weight) for weight in weights]
-
-
-def check_split(split: str) -> None:
-    """Raise ConfigError unless `split` is three shares, such as 969,30,1."""
-    parts = split.split(",")
-    if len(parts) != 3 or not all(_is_number(part) and float(part) >= 0 for part in parts) or sum(map(float, parts)) <= 0:
-        raise ConfigError(f"split={split!r} must be three shares for training, validation and test, such as 969,30,1.")
+from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset, weights_by_code
+from megatron_instruct.training.sources import DataSources
 
 
 def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> tuple[Any, Any]:
@@ -100,10 +33,12 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
         "random_seed": config.batch.seed,
         "sequence_length": config.batch.seq_length,
         "tokenizer": sources.vocabulary,
-        "reset_position_ids": False,
+        "reset_position_ids": config.data.reset_position_ids,
         "reset_attention_mask": False,
         "eod_mask_loss": config.data.eod_mask_loss,
-        "create_attention_mask": False,
+        "create_attention_mask": False,  # made from the tokens, on the device: training.documents
+        "role_weights": weights_by_code(config.data.role_weights),
+        "with_roles": sources.roles if config.data.role_weights else frozenset(),
     }
     if config.data.data_path:
         common |= {"blend": sources.train, "split": sources.split}
@@ -112,8 +47,8 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
     of_indices = [sources.fingerprint, sources.split, sizes, config.batch.seed, config.batch.seq_length]
     name = hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
     with _index_cache((config.data.data_cache_path or config.checkpoint.save / "cache") / name) as cache:
-        settings = GPTDatasetConfig(**common, path_to_cache=str(cache))
-        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+        settings = RoleWeightedConfig(**common, path_to_cache=str(cache))
+        train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
     if train is None:
         raise InputError(f"the training share of the data is empty (split={sources.split!r}); give more data or another split.")
     if validation and valid is None:
@@ -158,54 +93,3 @@ class _Samples(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._samples
-
-
-def _blend_fingerprint(blend: Blend, tokenizer: Tokenizer, *, adopt: bool) -> list[Any]:
-    prefixes, weights = blend
-    prints: list[Any] = [weights]
-    for prefix in prefixes:
-        manifest = _data_manifest(Path(prefix), adopt=adopt)
-        if manifest is None:
-            prints.append(_foreign_fingerprint(Path(prefix)))
-            continue
-        _check_tokenizer(prefix, manifest, tokenizer)
-        prints.append([output.sha256 for output in manifest.outputs if output.path.endswith((".bin", ".idx"))])
-    return prints
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _data_manifest(prefix: Path, *, adopt: bool) -> Manifest | None:
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise InputError(f"data set {prefix}: {prefix}{suffix} is missing; give the prefix that preprocess_data.py printed.")
-    path = Path(f"{prefix}.manifest.json")
-    if adopt and not path.is_file():
-        return None
-    if not path.is_file():
-        raise InputError(
-            f"data set {prefix} has no manifest ({path}): it is unfinished, or made by another tool; "
-            "run preprocess_data.py again, or pass --adopt-data."
-        )
-    return read_manifest(path, stage="preprocess")
-
-
-def _check_tokenizer(prefix: str, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    made_with = manifest.facts.get("tokenizer", {}).get("fingerprint")
-    if made_with != tokenizer.fingerprint:
-        raise InputError(
-            f"data set {prefix} was made with the tokenizer {str(made_with)[:12]}, and the model's is {tokenizer.fingerprint[:12]}; "
-            "preprocess the data with the model's tokenizer, or give the right tokenizer_model."
-        )
-
-
-def _foreign_fingerprint(prefix: Path) -> str:
-    with open(f"{prefix}.idx", "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return f"{digest}-{Path(f'{prefix}.bin').stat().st_size}"

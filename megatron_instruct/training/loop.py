@@ -14,12 +14,14 @@ from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training import checkpoint
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.data import DataSources, batches, build_datasets
+from megatron_instruct.training.data import batches, build_datasets
+from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_instruct.training.plan import BatchPlan
+from megatron_instruct.training.sources import DataSources
 from megatron_instruct.training.start import Start
-from megatron_instruct.training.step import Batch, StepShape, train_step, validate
+from megatron_instruct.training.step import StepShape, train_step, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Run:
     train_set: Any
     valid_set: Any
     device: torch.device
+    document_end: int
+    """Id of the end-of-document token."""
 
 
 def build_run(
@@ -83,6 +87,7 @@ def build_run(
         train_set=train_set,
         valid_set=valid_set,
         device=machine.device,
+        document_end=sources.vocabulary.eod,
     )
 
 
@@ -123,7 +128,13 @@ def _validation_loss(run: Run) -> float:
 
 def _shape(run: Run, num_microbatches: int) -> StepShape:
     batch = run.config.batch
-    return StepShape(num_microbatches=num_microbatches, micro_batch_size=batch.micro_batch_size, seq_length=batch.seq_length)
+    return StepShape(
+        num_microbatches=num_microbatches,
+        micro_batch_size=batch.micro_batch_size,
+        seq_length=batch.seq_length,
+        document_end=run.document_end if run.config.data.reset_attention_mask else None,
+        packs=run.device.type == "cuda",
+    )
 
 
 def _data(run: Run, dataset: Any, start_iteration: int, iterations: int) -> list[Iterator[Batch]]:

@@ -80,6 +80,8 @@ def make_scheduler(optimizer: MegatronOptimizer, batch: BatchOptions) -> Optimiz
         end_wd=batch.weight_decay,
         wd_incr_steps=batch.train_iters * size,
         wd_incr_style="constant",
+        wsd_decay_steps=None if batch.lr_wsd_decay_iters is None else batch.lr_wsd_decay_iters * size,
+        lr_wsd_decay_style=batch.lr_wsd_decay_style,
     )
 
 

@@ -54,14 +54,14 @@ def run(config: PretrainConfig) -> None:
     noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
     from megatron_instruct.training.checkpoint import check_identity
-    from megatron_instruct.training.data import find_sources
     from megatron_instruct.training.plan import plan_batches, plan_layout
+    from megatron_instruct.training.sources import find_sources
     from megatron_instruct.training.start import find_start, run_identity
 
     start = find_start(config)
     layout = plan_layout(config.parallel, start.architecture)
     plan = plan_batches(config, layout)
-    sources = find_sources(config, start.tokenizer)
+    sources = find_sources(config.data, start.tokenizer)
     identity = run_identity(config, start, sources.fingerprint)
     if finished(config.checkpoint.save / "manifest.json", stage="pretrain", settings=identity, inputs=()) is not None:
         print(f"{config.checkpoint.save} holds the finished run already; nothing to do.")
@@ -117,6 +117,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
             f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} x {config.batch.seq_length} tokens",
             flush=True,
         )
+        for prefix in sources.without_roles if config.data.role_weights else ():
+            print(f"{prefix} has no roles: all its tokens count 1.", flush=True)
     tensorboard = config.checkpoint.tensorboard_dir
     with Metrics(config.checkpoint.save, size, start_iteration=start.iteration, tensorboard_dir=tensorboard, writes=first) as metrics:
         loop(parts, metrics)

@@ -116,6 +116,8 @@ def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) ->
         "data": data_fingerprint,
         "split": config.data.split if config.data.data_path else None,
         "eod_mask_loss": config.data.eod_mask_loss,
+        "reset_attention_mask": config.data.reset_attention_mask,
+        "role_weights": dict(config.data.role_weights),
         **{name: getattr(batch, name) for name in _RESULT_SETTINGS},
         "dtype": "bf16" if config.parallel.bf16 else "fp32",
         # not a matter of the result, but megatron-core 0.19.2 reads no optimizer state that the other kind of optimizer wrote

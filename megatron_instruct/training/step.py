@@ -17,8 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_instruct.errors import TrainingError
+from megatron_instruct.training.documents import Batch, as_one_sequence, forbidden_attention
 
-Batch = dict[str, torch.Tensor]
 _REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
 
@@ -29,6 +29,10 @@ class StepShape:
     num_microbatches: int
     micro_batch_size: int
     seq_length: int
+    document_end: int | None = None
+    """Id of the end-of-document token where attention stops at it; None where it runs on."""
+    packs: bool = False
+    """Documents go to the model as Transformer Engine takes them: the microbatch as one sequence, with its bounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +76,14 @@ def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[
 
 def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShape, *, forward_only: bool) -> float:
     interleaved = len(chunks) > 1
+    packs = shape.packs and shape.document_end is not None
     losses = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=partial(_forward, shape=shape),
         data_iterator=list(data) if interleaved else data[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=shape.num_microbatches,
-        seq_length=shape.seq_length,
-        micro_batch_size=shape.micro_batch_size,
+        seq_length=shape.seq_length * (shape.micro_batch_size if packs else 1),
+        micro_batch_size=1 if packs else shape.micro_batch_size,
         forward_only=forward_only,
     )
     device = next(chunks[0].parameters()).device
@@ -88,17 +93,24 @@ def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShap
     # only the last pipeline stage has losses; the others add nothing
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if not total[1]:
+        raise TrainingError("no token of the batch counts under role_weights; raise global_batch_size, or give another role a weight.")
     return float(total[0] / total[1])
 
 
-def _forward(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward(data: Iterator[Batch], model: Any, *, shape: StepShape) -> tuple[torch.Tensor, Any]:
     batch = next(data)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    forbidden = packed = None
+    if shape.document_end is not None and shape.packs:
+        batch, packed = as_one_sequence(batch, shape.document_end)
+    elif shape.document_end is not None:
+        forbidden = forbidden_attention(batch["tokens"], shape.document_end)
+    output = model(batch["tokens"], batch["position_ids"], forbidden, labels=batch["labels"], packed_seq_params=packed)
     return output, partial(_loss, batch["loss_mask"])
 
 
 def _loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the sum over tokens, their number (int), and both for the log."""
+    """Return the weighed sum over tokens, the number of those that weigh anything (int), and both for the log."""
     total = torch.sum(losses_BS.float() * loss_mask_BS)
-    tokens = loss_mask_BS.sum()
-    return total, tokens.to(torch.int), {"loss and tokens": torch.stack([total.detach(), tokens])}
+    tokens = (loss_mask_BS > 0).sum()
+    return total, tokens.to(torch.int), {"loss and tokens": torch.stack([total.detach(), tokens.to(total.dtype)])}

@@ -117,6 +117,7 @@ SHARDED = ("--use-distributed-optimizer",)
 OVERLAPPED = (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather")
 INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1)
 SEQUENCE = (*TENSOR, "--sequence-parallel")
+WITHIN = ("--reset-attention-mask",)
 FIRST_STEP_IDLE = ("--train-iters", 1, "--lr-warmup-iters", 1, "--lr-decay-iters", 20)
 """One step at a learning rate of zero: the checkpoint holds the initial weights."""
 
@@ -127,6 +128,7 @@ ONE: dict[str, tuple[object, ...]] = {
     "initial": FIRST_STEP_IDLE,
     "bf16": ("--bf16", "--train-iters", 3, "--lr-decay-iters", 20),
     "logged every 4": ("--log-interval", 4),
+    "within documents": WITHIN,
 }
 TWO: dict[str, tuple[object, ...]] = {
     "tensor": TENSOR,
@@ -139,6 +141,10 @@ TWO: dict[str, tuple[object, ...]] = {
     "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
     "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
     "data micro batch 1": ("--micro-batch-size", 1),
+}
+TWO_WITHIN: dict[str, tuple[object, ...]] = {
+    "tensor within documents": (*SEQUENCE, *WITHIN),
+    "pipeline within documents": (*PIPELINE, "--recompute-granularity", "full", *WITHIN),
 }
 TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again pipeline": ("pipeline", PIPELINE),
@@ -174,7 +180,7 @@ def two(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[str
         "one to tensor": (one["reference"], TENSOR),
         "one to interleaved": (one["reference"], INTERLEAVED),
     }
-    return runs(2, {**TWO, "blend": (*TENSOR, *blend)}, {**TWO_RESUMED, **elsewhere})
+    return runs(2, {**TWO, **TWO_WITHIN, "blend": (*TENSOR, *blend)}, {**TWO_RESUMED, **elsewhere})
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def test_a_resumed_run_goes_on_with_the_next_sample() -> None:
 
 
 def test_blends_are_read_as_megatron_writes_them() -> None:
-    from megatron_instruct.training.data import parse_blend
+    from megatron_instruct.training.sources import parse_blend
 
     assert parse_blend(["a"], field="data_path") == (["a"], None)
     assert parse_blend(["a", "b"], field="data_path") == (["a", "b"], None)
@@ -49,7 +49,7 @@ def test_blends_are_read_as_megatron_writes_them() -> None:
     ],
 )
 def test_a_broken_blend_is_an_error_that_names_the_word(words: list[str], message: str) -> None:
-    from megatron_instruct.training.data import parse_blend
+    from megatron_instruct.training.sources import parse_blend
 
     with pytest.raises(ConfigError, match=message):
         parse_blend(words, field="data_path")
@@ -57,7 +57,7 @@ def test_a_broken_blend_is_an_error_that_names_the_word(words: list[str], messag
 
 @pytest.mark.parametrize("split", ["1", "1,2", "a,b,c", "0,0,0", "-1,2,3", "1,2,3,4"])
 def test_a_broken_split_is_an_error(split: str) -> None:
-    from megatron_instruct.training.data import check_split
+    from megatron_instruct.training.sources import check_split
 
     with pytest.raises(ConfigError, match="three shares"):
         check_split(split)

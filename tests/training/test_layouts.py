@@ -15,6 +15,7 @@ from .conftest import (
     TENSOR,
     TWO,
     TWO_RESUMED,
+    TWO_WITHIN,
     Runs,
     assert_same_end,
     read_metrics,
@@ -78,6 +79,14 @@ def test_means_over_a_log_interval_survive_a_resume_between_two_lines(one: dict[
 def test_a_blend_is_the_same_in_two_processes_and_differs_from_its_parts(one: dict[str, Path], two: dict[str, Path]) -> None:
     assert_equal_runs(two["blend"], one["blend"], tolerance=1e-5)
     assert read_metrics(one["blend"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
+
+
+@pytest.mark.parametrize("name", TWO_WITHIN)
+def test_attention_within_documents_is_the_same_in_two_processes_and_another_than_without(
+    name: str, one: dict[str, Path], two: dict[str, Path]
+) -> None:
+    assert_equal_runs(two[name], one["within documents"], tolerance=1e-5)
+    assert read_metrics(one["within documents"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
 
 
 def test_bf16_stays_near_fp32(one: dict[str, Path]) -> None:
