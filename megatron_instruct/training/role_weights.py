@@ -53,6 +53,18 @@ class RoleWeightedDataset(GPTDataset):  # type: ignore[misc]
         of_labels = torch.from_numpy(roles[1:]).clamp(min=0)  # megatron-core pads with a negative number, where loss_mask is 0
         return {**sample, "loss_mask": sample["loss_mask"] * self._weights[of_labels]}
 
+    def pieces(self, idx: int) -> list[tuple[int, int, int]]:
+        """Return what a sample is cut from: sequence of the data set, its first token and number of tokens here, labels' last included."""
+        sample = int(self.shuffle_index[idx])
+        (first, offset), (last, end) = self.sample_index[sample], self.sample_index[sample + 1]
+        found = []
+        for place in range(int(first), int(last) + 1):
+            document = int(self.document_index[place])
+            start = int(offset) if place == first else 0
+            stop = int(end) + 1 if place == last else int(self.dataset.sequence_lengths[document])
+            found.append((document, start, stop - start))
+        return found
+
 
 class _Roles:
     """The roles file, read as megatron-core reads the tokens."""

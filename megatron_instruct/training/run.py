@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.config import run_tool
+from megatron_instruct.config import as_yaml, run_tool
 from megatron_instruct.errors import TrainingError
-from megatron_instruct.files import atomic_folder, locked
+from megatron_instruct.files import atomic_folder, atomic_write, locked
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
 
+SETTINGS = "settings.yaml"
+"""File in --save with the settings of the run, as --config reads them."""
 _PATIENCE = 30.0
 """Seconds that a process with an error waits for the first process of its machine to tell it and torchrun to end them all."""
 
@@ -70,6 +72,9 @@ def run(config: PretrainConfig) -> None:
         check_identity(config.checkpoint.save, start.saved_identity, identity)
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
+        if speaks_for_all:
+            with atomic_write(config.checkpoint.save / SETTINGS) as stream:
+                stream.write(as_yaml(config))
         _train(config, start, layout, plan, sources, identity)
 
 

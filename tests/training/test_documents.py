@@ -51,11 +51,12 @@ def test_no_token_of_a_document_changes_with_another_document(torchrun: Callable
     assert found["difference from the document alone (False)"] > 1e-3
 
 
-def test_each_label_weighs_what_its_role_says(tmp_path: Path) -> None:
+def test_each_label_weighs_what_its_role_says_and_each_sample_says_where_it_is_cut_from(tmp_path: Path) -> None:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
     from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset, weights_by_code
     from megatron_instruct.training.sources import Vocabulary
+    from megatron_instruct.training.trace import pieces
 
     random = np.random.default_rng(1)
     lengths = random.integers(1, 30, 50)
@@ -66,6 +67,7 @@ def test_each_label_weighs_what_its_role_says(tmp_path: Path) -> None:
     write_dataset(tmp_path / "plain", tokens, lengths)
     weights = weights_by_code({"response": 1.0, "instruction": 0.25, "end_of_document": 2.0})
     prefixes = [str(tmp_path / "data"), str(tmp_path / "plain")]
+    ends = lengths.cumsum()
     samples = 2 * (int(lengths.sum()) // 16)  # more than an epoch
     settings = RoleWeightedConfig(
         random_seed=1,
@@ -85,6 +87,10 @@ def test_each_label_weighs_what_its_role_says(tmp_path: Path) -> None:
     seen = 0
     for number in range(samples):
         sample = dataset[number]
+        whole = [*sample["tokens"].tolist(), int(sample["labels"][-1])]
+        cut = list(pieces(dataset, number))
+        assert [token for piece in cut for token in piece.ids] == whole
+        assert [tokens[ends[piece.document] - lengths[piece.document] + piece.start] for piece in cut] == [piece.ids[0] for piece in cut]
         if set(sample["loss_mask"].tolist()) == {1.0}:
             continue
         seen += 1

@@ -1,0 +1,95 @@
+"""Which documents were in step N? From the indices that the run was fed by.
+
+Comes in: the folder of a run, the data sets at the places that its settings name. Goes out: for each sample of a step the pieces of
+documents that it is cut from, in words. Reads only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.config import parse, run_tool
+from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.run import SETTINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Say which documents the steps of a run were made of. Changes nothing."""
+
+    save: Path
+    """Folder of the run, as pretrain.py has it."""
+    iterations: tuple[int, ...]
+    """Steps, from 1."""
+    text: bool = False
+    """Print the text of each piece, too."""
+
+    def __post_init__(self) -> None:
+        if not self.iterations or min(self.iterations) < 1:
+            raise ConfigError(f"iterations={' '.join(map(str, self.iterations))!r}: give one or more steps; they count from 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What a sample holds of one document."""
+
+    prefix: str
+    """Of the data set."""
+    document: int
+    """Its number in the data set, from 0 (a sequence, where documents are split)."""
+    start: int
+    """First token, from 0."""
+    ids: tuple[int, ...]
+    """Token ids from there."""
+
+
+def run(config: TraceConfig) -> None:
+    """Print the documents of each step."""
+    from megatron_instruct.platform import noise
+
+    noise.silence()
+    from megatron_instruct.training.data import training_samples
+    from megatron_instruct.training.sources import find_sources
+
+    settings = _settings(config)
+    folder = settings.data.tokenizer_model or config.save / "tokenizer"
+    tokenizer = load_tokenizer(folder)
+    samples = training_samples(settings, find_sources(settings.data, tokenizer))
+    size = settings.batch.global_batch_size
+    for iteration in config.iterations:
+        for number in range((iteration - 1) * size, iteration * size):
+            print(f"step {iteration}, sample {number - (iteration - 1) * size}:")
+            for piece in pieces(samples, number):
+                last = piece.start + len(piece.ids) - 1
+                print(f"  {piece.prefix} document {piece.document:,} tokens {piece.start:,} to {last:,}")
+                if config.text:
+                    print(f"    {tokenizer.decode(piece.ids)!r}")
+
+
+def pieces(samples: Any, number: int) -> Iterator[Piece]:
+    """Yield what sample `number` of a run is cut from, in order; the last token is there for its label alone."""
+    dataset, place = samples, number
+    if hasattr(samples, "datasets"):  # a blend
+        dataset, place = samples.datasets[int(samples.dataset_index[number])], int(samples.dataset_sample_index[number])
+    for document, start, tokens in dataset.pieces(place):
+        ids = dataset.dataset.get(document, offset=start, length=tokens).tolist()
+        yield Piece(prefix=str(dataset.dataset_path), document=document, start=start, ids=tuple(ids))
+
+
+def _settings(config: TraceConfig) -> PretrainConfig:
+    path = config.save / SETTINGS
+    if not path.is_file():
+        raise InputError(f"save={config.save}: {path.name} is missing: no run of pretrain.py has started there.")
+    settings = parse(PretrainConfig, ["--config", str(path)], prog=str(path))
+    assert settings is not None, "nothing asks for --print-config"
+    if max(config.iterations) > settings.batch.train_iters:
+        raise ConfigError(f"iterations: step {max(config.iterations)} is beyond train_iters={settings.batch.train_iters} of the run.")
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return its exit status."""
+    return run_tool(TraceConfig, run, argv, prog="trace_data.py")
