@@ -1,1 +1,1 @@
-"""Readers of raw corpora. `read.py` yields raw texts; a new format is one line in its suffix table."""
+"""Readers of raw corpora. `formats.py` has the table of suffixes; a new format is one line there."""

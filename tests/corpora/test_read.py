@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_instruct.corpora.parts import plan_parts, read_part
-from megatron_instruct.corpora.read import BrokenRecord, Record, find_files, raw_text, read_records
+from megatron_instruct.corpora.read import BrokenRecord, Record, raw_text, read_records
 from megatron_instruct.errors import InputError
+from megatron_instruct.records import RawText
 
 ROWS = [{"id": str(number), "text": f"Entry {number}: a ‘kludge’ 漢字.\n" * (number % 7 + 1)} for number in range(50)]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -25,7 +25,14 @@ def write(path: Path, content: bytes) -> Path:
 def in_every_format(folder: Path) -> list[Path]:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "a.parquet")
     frames = zstandard.ZstdCompressor().compress(LINES[:1000]) + zstandard.ZstdCompressor().compress(LINES[1000:])
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(folder / "a.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, max_chunksize=7)
+    with pyarrow.OSFile(str(folder / "b.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table, max_chunksize=20)
     return [
+        folder / "a.arrow",
+        folder / "b.arrow",
         write(folder / "a.jsonl", LINES),
         write(folder / "a.jsonl.gz", gzip.compress(LINES)),
         write(folder / "a.jsonl.zst", frames),
@@ -43,7 +50,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (item,) = read_records(write(tmp_path / "essay.txt", "One.\n\nTwo ü.".encode()))
     assert isinstance(item, Record)
-    assert item.value == {"id": "essay.txt", "text": "One.\n\nTwo ü."}
+    assert item.value == {"text": "One.\n\nTwo ü."}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +65,13 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         (b'{"text": 5}', "text is no string"),
         (b'{"text": " \\n"}', "empty text"),
         (b'{"text": "a \\ud800 b"}', "lone surrogate"),
+        (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8"),
+        (b'{"text": "a \\u0000 b"}', "NUL character"),
+        (b'{"text": "\xe6\xbc\xa2 \\u0000"}', "NUL character"),
+        (b'{"text": "a \0 b"}', "NUL character"),
+        (b"\0\0\0", "NUL character"),
+        (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "broken JSON"),
+        (b'{"text": "x"} {"text": "y"}', "broken JSON"),
         (b"[" * 100_000, "broken JSON"),
     ],
 )
@@ -76,46 +90,52 @@ def test_an_empty_file_is_not_passed_over(tmp_path: Path, name: str) -> None:
     assert [item.reason for item in items if isinstance(item, BrokenRecord)] in (["empty file"], ["empty text"])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-@pytest.mark.parametrize("damage", ["cut", "cut in the last bytes", "overwritten", "not compressed"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str, damage: str) -> None:
-    path = next(file for file in in_every_format(tmp_path) if file.name == name)
-    content = path.read_bytes()
-    middle = len(content) // 2
-    damaged = {
-        "cut": content[:middle],
-        "cut in the last bytes": content[:-3],
-        "overwritten": content[:middle] + b"\x00\xff" * 20 + content[middle + 40 :],
-        "not compressed": LINES,
-    }
-    path.write_bytes(damaged[damage])
-    with pytest.raises(InputError, match=name):
-        list(read_records(path))
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        (b'{"text": "x", "n": NaN}', "n", "nan"),
+        (b'{"text": "x", "n": -Infinity}', "n", "-inf"),
+        (b'{"text": "x", "n": 1e999}', "n", "inf"),
+        (b'{"text": "x", "n": 123456789012345678901234567890}', "n", "123456789012345678901234567890"),
+        (b'{"text": "x", "n": -9223372036854775809}', "n", "-9223372036854775809"),
+        (b'{"text": "x", "n": 1, "n": 2}', "n", "2"),
+        (b'{"text": "x", "n": "\\ud800"}', "n", "\ud800"),
+        (b'{"text": "x", "n": ' + b"[" * 900 + b"]" * 900 + b"}", "n", "[" * 900 + "]" * 900),
+        (b'\xef\xbb\xbf{"text": "x", "n": 1}', "n", "1"),
+        (b'{"text": "x", "n": 1}\r', "n", "1"),
+        (b' \t{"text" : "x" , "n":1 } ', "n", "1"),
+    ],
+)
+def test_the_value_of_a_line_is_what_the_json_module_makes_of_it(tmp_path: Path, line: bytes, key: str, value: str) -> None:
+    (item,) = read_records(write(tmp_path / "a.jsonl", line + b"\n"))
+    assert isinstance(item, Record)
+    assert str(item.value[key]) == value
+    assert isinstance(raw_text(item), RawText)
 
 
-def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
-    in_every_format(tmp_path)
-    write(tmp_path / "rejects.jsonl", b"{}\n")
-    write(tmp_path / "x.rejects.jsonl", b"{}\n")
-    write(tmp_path / "notes.md", b"")
-    names = [path.name for path in find_files([str(tmp_path)])]
-    assert names == ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
-    assert find_files([str(tmp_path / "a.parquet"), str(tmp_path / "*.jsonl.*")])[0].name == "a.parquet"
-    assert len(find_files([str(tmp_path), str(tmp_path / "a.jsonl")])) == 4
-    for absent in ("absent.jsonl", "*.none", "notes.md"):
-        with pytest.raises(InputError, match=absent.replace("*", r"\*")):
-            find_files([str(tmp_path / absent)])
+def test_a_json_array_is_told_how_to_become_lines(tmp_path: Path) -> None:
+    (item,) = read_records(write(tmp_path / "a.jsonl", json.dumps(ROWS).encode()))
+    assert isinstance(item, BrokenRecord)
+    assert (item.reason, item.detail) == ("not an object", "an array of 50; write one object a line")
+    first, *_ = read_records(write(tmp_path / "a.jsonl", json.dumps(ROWS, indent=1).encode()))
+    assert isinstance(first, BrokenRecord)
+    assert "one object a line, not an array" in first.detail
 
 
-@pytest.mark.parametrize("part_bytes", [1, 50, 777, 10_000_000])
-@pytest.mark.parametrize("last", [b"", b'{"text": "a last line without an end"}', b"\n\n\n"])
-def test_parts_give_every_record_once_with_its_line(tmp_path: Path, part_bytes: int, last: bytes) -> None:
-    path = write(tmp_path / "a.jsonl", LINES.replace(b"\n", b"\n\n", 5) + last)
-    small = [write(tmp_path / f"{number}.txt", b"text") for number in range(3)]
-    files = [small[0], path, *small[1:]]
-    whole = [item for file in files for item in read_records(file)]
-    parts = plan_parts(files, part_bytes=part_bytes)
-    assert [item for part in parts for item in read_part(part)] == whole
-    assert len(parts) == (1 if part_bytes == 10_000_000 else len(parts))
-    lines = sum(piece.lines or 0 for part in parts for piece in part.slices)
-    assert lines == len(path.read_bytes().splitlines())
+def test_an_id_that_is_made_stays_unique_over_folders_and_does_not_depend_on_the_place(tmp_path: Path) -> None:
+    ids = []
+    for place in ("a", "b", "moved/a"):
+        (tmp_path / place).mkdir(parents=True)
+        text = {"text": f"Text of {place[-1]}", "id": None}
+        (item,) = read_records(write(tmp_path / place / "part-0.jsonl", json.dumps(text).encode()))
+        assert isinstance(item, Record)
+        made = raw_text(item)
+        assert isinstance(made, RawText)
+        ids.append(made.id)
+    assert ids[0].startswith("part-0.jsonl:1:")
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a.md: unknown suffix; known: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt"):
+        read_records(write(tmp_path / "a.md", b"x"))

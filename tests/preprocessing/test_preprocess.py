@@ -172,15 +172,15 @@ def test_errors_name_what_is_wrong(tmp_path: Path, corpus: Path, tokenizer_folde
     with pytest.raises(InputError, match=r"absent.jsonl: no such file"):
         preprocess(tmp_path / "absent.jsonl", tmp_path / "a", tokenizer_folder)
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(InputError, match=r"folder.jsonl: no such file, folder or pattern"):
+    with pytest.raises(InputError, match=r"folder.jsonl: the folder holds no file of a known suffix"):
         preprocess(tmp_path / "folder.jsonl", tmp_path / "a", tokenizer_folder)
     with pytest.raises(InputError, match=r"tokenizer .*none: no such file or folder"):
         preprocess(corpus, tmp_path / "a", tmp_path / "none")
     with pytest.raises(ConfigError, match=r"is a HuggingFaceTokenizer; leave tokenizer_type out"):
         preprocess(corpus, tmp_path / "a", tokenizer_folder, tokenizer_type="GPTSentencePieceTokenizer")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes())[:-100])
-    with pytest.raises(InputError, match=r"cut.jsonl.gz: the file is cut short or corrupt"):
-        preprocess(tmp_path / "cut.jsonl.gz", tmp_path / "a", tokenizer_folder, on_error="reject")
+    with pytest.raises(InputError, match=r"cut.jsonl.gz:\d+: truncated file: the file ends early"):
+        preprocess(tmp_path / "cut.jsonl.gz", tmp_path / "a", tokenizer_folder)
     for settings in ({"workers": 0}, {"partitions": 0}, {"json_keys": ()}, {"json_keys": ("a", "a")}, {"json_keys": ("a/b",)}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             preprocess(corpus, tmp_path / "a", tokenizer_folder, **settings)

@@ -1,0 +1,113 @@
+"""Files, folders and glob patterns -> the files of a corpus, in order.
+
+Comes in: what a user names. Goes out: regular files of known suffixes, each once. A folder that the library datasets saved
+(`save_to_disk`) stands for the .arrow files that its state.json lists.
+"""
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.corpora.formats import FORMATS, format_of
+from megatron_instruct.errors import InputError
+from megatron_instruct.files import read_json
+
+REJECTS = "rejects.jsonl"
+"""End of the names of files that hold what a stage set aside."""
+_KNOWN = f"known suffixes: {', '.join(FORMATS)}"
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """Resolve files, folders and glob patterns to a list without repeats; what a folder or a pattern holds is sorted.
+
+    Of a folder, every file of a known suffix is taken, those in its folders too, links are followed; hidden names and the rejects of
+    earlier stages are not taken. What is named itself is always taken. A file named twice, by a link too, is read once, and that is said.
+    Raises InputError for an input that names nothing, a file of unknown suffix, or a link to nothing.
+    """
+    found: dict[Path, Path] = {}
+    repeated: list[str] = []
+    for given in inputs:
+        for file in _resolve(given):
+            first = found.setdefault(file.resolve(), file)
+            if first is not file:
+                repeated.append(f"{file} (as {first})" if file != first else str(file))
+    if repeated:
+        more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
+        print(f"Input files named twice are read once: {', '.join(repeated[:3])}{more}.")
+    return list(found.values())
+
+
+def _resolve(given: str) -> list[Path]:
+    path = Path(given)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.exists() or path.is_symlink():
+        return [_checked(path)]
+    matches = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+    files = [file for match in matches for file in (_of_folder(match) if match.is_dir() else [match]) if not file.name.endswith(REJECTS)]
+    if not files:
+        bracket = "; in a pattern, [[] stands for a bracket" if "[" in given else ""
+        raise InputError(f"input {given}: no such file, folder or pattern{bracket}; {_KNOWN}.")
+    return [_checked(file) for file in files]
+
+
+def _checked(path: Path) -> Path:
+    if format_of(path) is None:
+        raise InputError(f"input {path}: unknown suffix; {_KNOWN}.")
+    if not path.exists():
+        raise InputError(f"input {path} is a link to {path.readlink()}, which does not exist.")
+    if not path.is_file():
+        raise InputError(f"input {path} is no regular file; it is read more than once, so write a pipe's content to a file first.")
+    return path
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    files = list(_walk(folder, above=frozenset()))
+    if not files:
+        raise InputError(f"input {folder}: the folder holds no file of a known suffix that is not hidden; {_KNOWN}.")
+    return files
+
+
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Yield the corpus files of a folder in order. above: the real folders that it lies in, so that a link to one is not followed."""
+    saved = _saved_dataset(folder)
+    if saved is not None:
+        yield from map(_checked, saved)
+        return
+    above |= {folder.resolve()}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if entry.resolve() not in above:
+                yield from _walk(entry, above)
+        elif format_of(entry) is not None and not entry.name.endswith(REJECTS):
+            yield _checked(entry)
+
+
+def _saved_dataset(folder: Path) -> list[Path] | None:
+    """Return the files of a data set that datasets saved in `folder`; None where there is none."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _listed(folder / "dataset_dict.json", "splits")
+        if len(splits) != 1:
+            raise InputError(
+                f"input {folder} holds the splits {', '.join(map(str, splits))}; name those to be read, such as {folder / str(splits[0])}."
+            )
+        folder = folder / str(splits[0])
+    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    files = _listed(folder / "state.json", "_data_files")
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
+    for name in names:
+        if not isinstance(name, str) or not (folder / name).is_file():
+            raise InputError(f"input {folder}: state.json lists the file {name!r}, which is not there; save or copy the data set again.")
+    return [folder / str(name) for name in names]
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    content = read_json(path)
+    values = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(values, list) or not values:
+        raise InputError(f"input {path}: the list {key!r} is missing or empty; save the data set again with datasets' save_to_disk.")
+    return values
