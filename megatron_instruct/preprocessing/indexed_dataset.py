@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.tokenizer.flat import token_dtype as token_dtype
 
 Tokens = npt.NDArray[Any]
 
@@ -30,11 +31,6 @@ _CHUNK = 1 << 20
 """Entries of the index written at a time."""
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the dtype for ids below vocab_size: uint16 below 65,500, else int32 (megatron-core's DType.optimal_dtype)."""
-    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
-
-
 def bin_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".bin")
 
@@ -43,23 +39,46 @@ def idx_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
-def write_index(stream: IO[bytes], dtype: np.dtype[Any], lengths: Sequence[npt.NDArray[np.int32]]) -> None:
-    """Write the .idx of a data set in which every document is one sequence.
+def write_index(
+    stream: IO[bytes],
+    dtype: np.dtype[Any],
+    lengths: Sequence[npt.NDArray[np.int32]],
+    *,
+    documents: Sequence[npt.NDArray[np.int32]] | None = None,
+) -> None:
+    """Write the .idx of a data set.
 
-    lengths: tokens per document, as one or more arrays (memory-mapped ones are read piece by piece).
+    lengths: tokens per sequence, as one or more arrays (memory-mapped ones are read piece by piece). documents: sequences per document,
+    likewise; None where every document is one sequence.
     """
     count = sum(len(part) for part in lengths)
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    stream.write(_HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+    bounds = count + 1 if documents is None else sum(len(part) for part in documents) + 1
+    stream.write(_HEADER.pack(MAGIC, VERSION, code, count, bounds))
     for piece in _pieces(lengths):
         stream.write(piece.astype("<i4").tobytes())
-    offset = 0
-    for piece in _pieces(lengths):
-        ends = offset + np.cumsum(piece, dtype="<i8") * dtype.itemsize
-        stream.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
-        offset = int(ends[-1])
-    for start in range(0, count + 1, _CHUNK):
-        stream.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").tobytes())
+    for ends in _sums(lengths, dtype.itemsize):
+        stream.write(ends[:-1].tobytes())
+    if documents is None:
+        for start in range(0, count + 1, _CHUNK):
+            stream.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").tobytes())
+    else:
+        stream.write(struct.pack("<q", 0))
+        for ends in _sums(documents, 1):
+            stream.write(ends[1:].tobytes())
+
+
+def _sums(counts: Iterable[npt.NDArray[np.int32]], factor: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield for one run of counts after another the sum before each of them, and at last the sum of all until then, times `factor`."""
+    total = 0
+    for piece in _pieces(counts):
+        ends = np.empty(len(piece) + 1, dtype="<i8")
+        ends[0] = total
+        np.cumsum(piece, dtype="<i8", out=ends[1:])
+        ends[1:] *= factor
+        ends[1:] += total
+        total = int(ends[-1])
+        yield ends
 
 
 def _pieces(lengths: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:

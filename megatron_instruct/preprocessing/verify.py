@@ -73,14 +73,16 @@ def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[s
         if manifest.counts.get(name) != value:
             faults.append(f"the data set has {value} {name}; its manifest says {manifest.counts.get(name)}")
     came_in, set_aside = manifest.counts.get("documents_in"), sum(manifest.rejected.values())
-    if came_in != found.documents + set_aside:
-        faults.append(f"{came_in} documents came in, but {found.documents} + {set_aside} rejected are there")
+    kept = manifest.counts.get("documents_kept", found.documents)  # splitting and packing change the number of documents
+    if came_in != kept + set_aside:
+        faults.append(f"{came_in} documents came in, but {kept} + {set_aside} rejected are there")
     tokenizer = manifest.facts.get("tokenizer", {})
     if "vocab_size" in tokenizer and found.dtype != token_dtype(tokenizer["vocab_size"]).name:
         faults.append(f"the tokens are {found.dtype}; a vocabulary of {tokenizer['vocab_size']} takes another dtype")
     if found.empty_documents:
         faults.append(f"{found.empty_documents} documents have no token")
-    if manifest.settings.get("append_eod") and found.ended_documents not in (None, found.documents):
+    packed = manifest.settings.get("pack_sequence_length") is not None
+    if manifest.settings.get("append_eod") and not packed and found.ended_documents not in (None, found.documents):
         faults.append(f"only {found.ended_documents} of {found.documents} documents end with the end-of-document token")
     return faults
 
