@@ -39,7 +39,7 @@ def verify(prefix: Path, *, vocab_size: int | None, eod: int | None) -> Findings
     vocab_size: ids must be below it. eod: id of the end-of-document token.
     """
     dataset = IndexedDataset(prefix)
-    faults = [*_sequence_faults(dataset), *_bound_faults(dataset)]
+    faults = structure_faults(dataset)
     smallest, largest = _range(dataset)
     if smallest is not None and smallest < 0:
         faults.append(f"the smallest token id is {smallest}; ids start at 0")
@@ -96,6 +96,11 @@ def require_sound(prefix: Path, faults: list[str]) -> None:
     """Raise InputError that lists the faults, if there are any."""
     if faults:
         raise InputError(f"data set {prefix} has {len(faults)} fault(s):\n  - " + "\n  - ".join(faults))
+
+
+def structure_faults(dataset: IndexedDataset) -> list[str]:
+    """Return what is wrong with the index: where sequences lie, and where documents begin."""
+    return [*_sequence_faults(dataset), *_bound_faults(dataset)]
 
 
 def _spans(count: int) -> Iterator[slice]:
