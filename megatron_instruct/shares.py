@@ -78,6 +78,7 @@ def at_work[T](folder: Path, share: Share | None, prepare: Callable[[bool], T]) 
                 if not alone:
                     raise ConfigError(f"another run is writing to {folder}; wait for it, or choose another output.")
                 _forget_shares(folder, door)
+                held.callback(_remove_door, folder)
             else:
                 _enter(folder, share, whole, door, alone=alone)
                 own = held.enter_context(open(folder / f"{LOCK}.{share.index}", "a"))
@@ -88,9 +89,6 @@ def at_work[T](folder: Path, share: Share | None, prepare: Callable[[bool], T]) 
             if share is not None:
                 fcntl.flock(whole, fcntl.LOCK_SH)
         yield Place(prepared, tuple(descriptors))
-        if share is None:
-            with _door(folder):
-                (folder / _DOOR).unlink()
 
 
 def _enter(folder: Path, share: Share, whole: IO[str], door: IO[str], *, alone: bool) -> None:
@@ -116,6 +114,11 @@ def _forget_shares(folder: Path, door: IO[str]) -> None:
     door.truncate()
     for file in folder.glob(f"{LOCK}.[0-9]*"):
         file.unlink()
+
+
+def _remove_door(folder: Path) -> None:
+    with _door(folder):
+        (folder / _DOOR).unlink()
 
 
 @contextlib.contextmanager

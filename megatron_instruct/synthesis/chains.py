@@ -10,18 +10,27 @@ from dataclasses import dataclass
 from megatron_instruct.records import MShotExample, OneShotExample
 
 
-def plan_columns(texts: int, rounds: int) -> list[list[int]]:
-    """Return the columns as indices of texts, in the order of their first texts.
+@dataclass(frozen=True, slots=True)
+class ColumnPlan:
+    """The columns as indices of texts, in the order of their first texts; worked out when asked for, so a plan of any size takes no memory.
 
     Every index from 0 to texts - 1 stands in exactly one column. With fewer texts than rounds there is one column of them all.
     """
-    if texts == 0:
-        return []
-    rounds = min(rounds, texts)
-    size, larger = divmod(texts, rounds)
-    starts = [block * size + min(block, larger) for block in range(rounds)]
-    sizes = [size + (block < larger) for block in range(rounds)]
-    return [[start + i for start, length in zip(starts, sizes, strict=True) if i < length] for i in range(sizes[0])]
+
+    texts: int
+    rounds: int
+
+    def __len__(self) -> int:
+        """Count the columns: the texts of the largest block."""
+        return -(-self.texts // min(self.rounds, self.texts)) if self.texts else 0
+
+    def __getitem__(self, column: int) -> list[int]:
+        if not 0 <= column < len(self):
+            raise IndexError(f"column {column} of {len(self)}")
+        blocks = min(self.rounds, self.texts)
+        size, larger = divmod(self.texts, blocks)
+        members = blocks if column < size else larger
+        return [block * size + min(block, larger) + column for block in range(members)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.shares import parse_share
 from megatron_instruct.synthesis.filters import FilterSettings
 
 
@@ -27,11 +28,27 @@ class VllmSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """A running server with the completions endpoint of OpenAI, such as `vllm serve`. For engine=server."""
+
+    server_url: str | None = None
+    """Where its interface begins, such as http://localhost:8000/v1."""
+    server_model: str | None = None
+    """Name of the model there (default: the server's only one, or the one named like --model)."""
+    server_prompt: Literal["ids", "text"] = "ids"
+    """Send prompts as token ids, so that lengths and special tokens are exact, or as text, for servers that take no ids."""
+    server_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key, where it asks for one."""
+    request_timeout: float = 600.0
+    """Seconds that an answer may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SynthesizeConfig:
     """Let a language model write instruction-response pairs for raw texts, and gather them in M-shot examples.
 
     Writes OUTPUT_DIR/examples.jsonl (one M-shot example a line), rejects.jsonl and manifest.json. Killed at any moment and started again,
-    it goes on from the shards that are finished.
+    it goes on from the requests that are finished.
     """
 
     input: tuple[str, ...]
@@ -69,32 +86,52 @@ class SynthesizeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers that the model computes in (auto: the model's own on GPU, float32 on CPU)."""
     shard_size: int = 512
-    """Texts in a shard: what is asked of the engine together and kept once it is done. Chains do not depend on it."""
+    """Texts in a shard, about: what a worker makes, and one file holds until all are merged. Examples do not depend on it."""
     retries: int = 2
     """Times that a failed request is asked again before it is set aside."""
+    failures_in_a_row: int = 16
+    """Requests set aside one after the other, with none that succeeded between them, that stop the run."""
+    restarts: int = 2
+    """Times that a dead engine, or a dead worker, is started again before the run stops."""
+    in_flight: int | None = None
+    """Requests in work at once, of each engine (default: max_num_seqs of vLLM, 64 of a server)."""
+    replicas: int = 1
+    """Engines, each in a process of its own: data parallelism."""
+    executor: Literal["local", "ray"] = "local"
+    """Where the engines are: on this machine, or on a Ray cluster, whose machines share a file system."""
+    ray_address: str | None = None
+    """The Ray cluster (default: the environment variable RAY_ADDRESS, or Ray started here)."""
+    share: str | None = None
+    """I/N: work on every N-th shard from the I-th, beside runs of the other shares; a last run without it merges."""
     on_error: Literal["stop", "reject"] = "stop"
     """What to do with a record that cannot be read: stop and name it, or set it aside."""
-    engine: Literal["vllm", "scripted"] = "vllm"
-    """What generates: vllm, or answers from a file."""
+    engine: Literal["vllm", "server", "scripted"] = "vllm"
+    """What generates: vllm in this process, a running server, or answers from a file."""
     script: Path | None = None
     """File of answers for engine=scripted."""
     filtering: FilterSettings = field(default_factory=FilterSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
         if not self.input:
             raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
-        for name in ("limit", "rounds", "max_new_tokens", "max_model_len", "shard_size"):
+        for name in ("limit", "rounds", "max_new_tokens", "max_model_len", "shard_size", "failures_in_a_row", "in_flight", "replicas"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1.")
-        for name in ("retries", "temperature"):
+        for name in ("retries", "restarts", "temperature"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
         if self.max_new_tokens >= self.max_model_len:
             raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a text in max_model_len={self.max_model_len}; make it smaller."
             )
+        if (self.engine == "server") != (self.server.server_url is not None):
+            raise ConfigError("engine=server and server_url belong together; give both, or neither.")
+        if self.server.request_timeout <= 0:
+            raise ConfigError(f"request_timeout={self.server.request_timeout} must be above 0 seconds.")
+        parse_share(self.share)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -1,10 +1,14 @@
 """The corpus as the texts that will be asked about: read, checked, split where too long, and kept where shards can find them.
 
-Comes in: files. Goes out: a folder with texts.jsonl (one raw text a line), rejects.jsonl and summary.json, whole or absent.
+Comes in: files. Goes out: a folder with texts.jsonl (one raw text a line), offsets.bin (where each begins), rejects.jsonl and summary.json,
+whole or absent.
 """
 
+import hashlib
 import json
-from array import array
+import os
+import sqlite3
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,11 +18,15 @@ from typing import Literal
 from megatron_instruct.corpora.read import BrokenRecord, Record, raw_text, read_records
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json, write_json
+from megatron_instruct.progress import Progress
 from megatron_instruct.records import RawText
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
 from megatron_instruct.synthesis.sentences import split_to_fit
 
-TEXTS, SUMMARY = "texts.jsonl", "summary.json"
+TEXTS, OFFSETS, SUMMARY = "texts.jsonl", "offsets.bin", "summary.json"
+_OFFSET = struct.Struct("<Q")
+_CACHE_KIB = 1 << 16
+"""Memory for the ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +59,33 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
     """Write the intake folder, unless it is there, and return what it says.
 
     fits: whether a text can be asked about. Raises InputError with file and line for a record that cannot be used, unless
-    options.on_error is "reject".
+    options.on_error is "reject". Takes the same memory for a corpus of any size.
     """
     if (folder / SUMMARY).is_file():
         return IntakeSummary(**read_json(folder / SUMMARY))
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    with atomic_folder(folder) as unfinished:
-        with open(unfinished / TEXTS, "w", encoding="utf-8") as texts, open(unfinished / "rejects.jsonl", "w", encoding="utf-8") as rejects:
-            for item in _limited(files, options):
-                counts["records"] += 1
-                for one in _texts(item, options, fits, counts):
-                    if isinstance(one, Reject):
-                        rejected[one.reason] += 1
-                        write_rejects(rejects, [one])
-                    else:
-                        counts["texts"] += 1
-                        texts.write(json.dumps({"id": one.id, "text": one.text}, ensure_ascii=False) + "\n")
+    with (
+        atomic_folder(folder) as unfinished,
+        _Ids(unfinished / "ids.sqlite") as ids,
+        open(unfinished / TEXTS, "wb") as texts,
+        open(unfinished / OFFSETS, "wb") as offsets,
+        open(unfinished / "rejects.jsonl", "w", encoding="utf-8") as rejects,
+        Progress("read the corpus", total=None, unit="records") as progress,
+    ):
+        end = 0
+        for item in _limited(files, options, ids):
+            counts["records"] += 1
+            progress.add()
+            for one in _texts(item, options, fits, counts, ids):
+                if isinstance(one, Reject):
+                    rejected[one.reason] += 1
+                    write_rejects(rejects, [one])
+                else:
+                    counts["texts"] += 1
+                    offsets.write(_OFFSET.pack(end))
+                    end += texts.write(json.dumps({"id": one.id, "text": one.text}, ensure_ascii=False).encode() + b"\n")
+        offsets.write(_OFFSET.pack(end))
         summary = IntakeSummary(
             records=counts["records"], split=counts["split"], texts=counts["texts"], rejected=dict(sorted(rejected.items()))
         )
@@ -76,45 +94,66 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
 
 
 class Texts:
-    """Random access to the texts of an intake folder; holds 8 bytes a text in memory."""
+    """Random access to the texts of an intake folder; where each begins stays on the disk, too."""
 
     def __init__(self, folder: Path) -> None:
-        self._stream = open(folder / TEXTS, "rb")  # noqa: SIM115  kept open for as long as texts are asked for
-        self._offsets = array("Q", [0])
-        for line in self._stream:
-            self._offsets.append(self._offsets[-1] + len(line))
+        self._texts, self._offsets = open(folder / TEXTS, "rb"), open(folder / OFFSETS, "rb")  # noqa: SIM115  open while texts are asked for
+        self._length = os.fstat(self._offsets.fileno()).st_size // _OFFSET.size - 1
 
     def __enter__(self) -> "Texts":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self._texts.close()
+        self._offsets.close()
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._length
 
     def __getitem__(self, index: int) -> RawText:
-        self._stream.seek(self._offsets[index])
-        return RawText(**json.loads(self._stream.readline()))
+        if not 0 <= index < self._length:
+            raise IndexError(f"text {index} of {self._length}")
+        start, end = struct.unpack("<QQ", os.pread(self._offsets.fileno(), 2 * _OFFSET.size, index * _OFFSET.size))
+        return RawText(**json.loads(os.pread(self._texts.fileno(), end - start, start)))
 
 
-def _limited(files: Sequence[Path], options: IntakeOptions) -> Iterator[RawText | BrokenRecord]:
+class _Ids:
+    """The ids that were there already, on the disk and not in memory: 16 bytes of a hash each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._database = path, sqlite3.connect(path, isolation_level=None)
+        for setting in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{_CACHE_KIB}"):
+            self._database.execute(f"PRAGMA {setting}")
+        self._database.execute("CREATE TABLE ids (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def __enter__(self) -> "_Ids":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+        self._path.unlink()
+
+    def add(self, name: str) -> bool:
+        """Return whether the id is a new one."""
+        key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?)", (key,)).rowcount == 1
+
+
+def _limited(files: Sequence[Path], options: IntakeOptions, ids: _Ids) -> Iterator[RawText | BrokenRecord]:
     """Yield the texts of the first records; an id that is there already cannot name a second text."""
-    seen: set[str] = set()
     for count, record in enumerate(record for path in files for record in read_records(path)):
         if count == options.limit:
             return
         text = raw_text(record, text_key=options.text_key, id_key=options.id_key) if isinstance(record, Record) else record
-        if isinstance(text, RawText) and text.id in seen:
+        if isinstance(text, RawText) and not ids.add(text.id):
             detail = f"the id {text.id!r} stands for an earlier text"
             text = BrokenRecord(path=record.path, line=record.line, reason="repeated id", detail=detail, raw=text.text)
-        elif isinstance(text, RawText):
-            seen.add(text.id)
         yield text
 
 
 def _texts(
-    item: RawText | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str]
+    item: RawText | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str], ids: _Ids
 ) -> Iterator[RawText | Reject]:
     if isinstance(item, BrokenRecord):
         if options.on_error == "stop":
@@ -131,6 +170,8 @@ def _texts(
         for number, piece in enumerate(split_to_fit(item.text, fits), 1):
             name, text = f"{item.id}#{number}", piece.strip()
             if text:
+                while not ids.add(name):  # a text of the corpus may be called so
+                    name += "#"
                 yield (
                     RawText(id=name, text=text) if fits(text) else Reject(where="corpus", id=name, reason="sentence too long", content=text)
                 )

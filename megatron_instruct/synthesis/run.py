@@ -1,7 +1,8 @@
-"""Raw texts -> M-shot examples: take in, plan columns and shards, ask, parse, filter, merge, write the manifest.
+"""Raw texts -> M-shot examples: take in, plan columns and shards, let workers make the shards, merge, write the manifest.
 
-Comes in: a corpus and a synthesizer. Goes out: OUTPUT_DIR/{examples.jsonl,rejects.jsonl,manifest.json}. Finished shards are kept in
-OUTPUT_DIR/shards until all is merged. Method: Instruction Pre-Training (arXiv:2406.14491). Does not know: templates.
+Comes in: a corpus and a synthesizer. Goes out: OUTPUT_DIR/{examples.jsonl,rejects.jsonl,manifest.json}. Finished shards, and the journals
+of unfinished ones, are kept in OUTPUT_DIR/shards until all is merged.
+Method: Instruction Pre-Training (arXiv:2406.14491). Does not know: templates.
 """
 
 import hashlib
@@ -9,55 +10,108 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.read import find_files
-from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_write, locked, read_json, sha256_of, write_json
+from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.files import atomic_write, read_json, sha256_of, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
-from megatron_instruct.synthesis.chains import plan_columns
+from megatron_instruct.shares import at_work, parse_share
+from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
-from megatron_instruct.synthesis.engines.engine import EngineSettings, load_engine
-from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, Texts, take_in
+from megatron_instruct.synthesis.executors.local import run_local
+from megatron_instruct.synthesis.executors.on_ray import run_on_ray
+from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
 from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
-from megatron_instruct.synthesis.prompts import Prompts, fit, load_prompts
-from megatron_instruct.synthesis.shard import ShardSummary, Work, make_shard, read_shard
+from megatron_instruct.synthesis.prompts import fit, load_prompts
+from megatron_instruct.synthesis.schedule import Usage
+from megatron_instruct.synthesis.shard import read_shard
+from megatron_instruct.synthesis.worker import INTAKE, Assignment, Report, ShardPlan
 from megatron_instruct.tokenizer import load_tokenizer
 
 STAGE = "synthesize"
 EXAMPLES, REJECTS = "examples.jsonl", "rejects.jsonl"
+_SERVED = "served"
+"""Stands for the fingerprint of a model that only a server has."""
 
 
-def run(config: SynthesizeConfig) -> Manifest:
-    """Do the stage and return its manifest."""
+def run(config: SynthesizeConfig) -> Manifest | None:
+    """Do the stage, or a share of it; return the manifest, or None where shares are left to merge."""
     started = time.monotonic()
-    prompt_format = load_prompt_format(config.prompt_format)
-    files = find_files(config.input)
-    inputs = records(files)
-    model = _fingerprint(config.model, what="model")
-    settings = _settings(config, prompt_format, model)
+    job = _resolve(config)
+    share = parse_share(config.share)
     manifest_file = config.output_dir / "manifest.json"
-    folder = config.output_dir / "shards"
-    with locked(config.output_dir):
-        if (done := finished(manifest_file, stage=STAGE, settings=settings, inputs=inputs)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def prepare(alone: bool) -> Manifest | IntakeSummary:
+        done = finished(manifest_file, stage=STAGE, settings=job.settings, inputs=job.inputs)
+        if done is None:
+            _take_up(job, alone=alone)
+            return _take_in(job)
+        return done
+
+    with at_work(config.output_dir, share, prepare) as place:
+        if isinstance(place.prepared, Manifest):
             print(f"Finished already: {config.output_dir}.")
-            return done
-        _take_up(folder, {"settings": settings, "inputs": [[file.path, file.sha256] for file in inputs]}, config.output_dir)
-        prompts = load_prompts(prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
-        taken = _take_in(config, folder, files, prompts)
-        shards = _make_shards(config, folder, prompt_format, prompts, revision=settings["revision"])
-        facts = {"model": model, "prompt_format": prompt_format.name, "synthesizer": f"{config.model.name}@{settings['revision']}"}
-        done = _merge(config, folder, shards, taken, Manifest(stage=STAGE, settings=settings, inputs=inputs, facts=facts))
+            if share is None:
+                shutil.rmtree(job.folder, ignore_errors=True)
+            return place.prepared
+        plan = ShardPlan(columns=ColumnPlan(place.prepared.texts, config.rounds), size=config.shard_size)
+        _make_shards(job, plan, range(len(plan)) if share is None else share.parts(len(plan)))
+        if share is not None:
+            print(f"Share {share}: all its shards are finished. When every share is, the same command without --share merges them.")
+            return None
+        done = _merge(job, [job.shard(number) for number in range(len(plan))], place.prepared)
         write_manifest(manifest_file, done)
-        shutil.rmtree(folder)
+        shutil.rmtree(job.folder)
     _print_summary(config, done, seconds=time.monotonic() - started)
     return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """The settings, and what was found out about them."""
+
+    config: SynthesizeConfig
+    prompt_format: PromptFormat
+    files: Sequence[Path]
+    inputs: tuple[FileRecord, ...]
+    model: str
+    """Fingerprint."""
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where the texts and the shards are until they are merged."""
+        return self.config.output_dir / "shards"
+
+    @property
+    def synthesizer(self) -> str:
+        return f"{self.config.model.name}@{self.settings['revision']}"
+
+    @property
+    def assignment(self) -> Assignment:
+        return Assignment(config=self.config, folder=self.folder, synthesizer=self.synthesizer)
+
+    def shard(self, number: int) -> Path:
+        return self.assignment.shard(number)
+
+
+def _resolve(config: SynthesizeConfig) -> _Job:
+    prompt_format = load_prompt_format(config.prompt_format)
+    files = find_files(config.input)
+    model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config.model, what="model")
+    settings = _settings(config, prompt_format, model)
+    return _Job(config=config, prompt_format=prompt_format, files=files, inputs=records(files), model=model, settings=settings)
+
+
+def _is_only_named(config: SynthesizeConfig) -> bool:
+    """Whether the model is a server's, and no folder here."""
+    return config.engine == "server" and not config.model.is_dir()
 
 
 def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str) -> dict[str, Any]:
@@ -69,7 +123,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
         "prompt_format": prompt_format.fingerprint,
         "model": model,
         "tokenizer": _fingerprint(config.tokenizer_folder, what="tokenizer"),
-        "revision": config.revision or model[:12],
+        "revision": config.revision or (_SERVED if _is_only_named(config) else model[:12]),
         "script": None if config.script is None else sha256_of(config.script) if config.script.is_file() else str(config.script),
         **json.loads(json.dumps(asdict(config.filtering))),
     }
@@ -84,24 +138,29 @@ def _fingerprint(folder: Path, *, what: str) -> str:
     return hashlib.sha256(json.dumps([[file.name, sha256_of(file)] for file in files]).encode()).hexdigest()
 
 
-def _take_up(folder: Path, plan: dict[str, Any], output_dir: Path) -> None:
-    """Make `folder` hold this plan and nothing of another one; refuse to write over what this tool did not write."""
+def _take_up(job: _Job, *, alone: bool) -> None:
+    """Make the folder hold this plan and nothing of another one; refuse to write over what this tool did not write."""
+    plan = {"settings": job.settings, "inputs": [[file.path, file.sha256] for file in job.inputs]}
     plan = json.loads(json.dumps(plan))
-    plan_file = folder / "plan.json"
+    plan_file = job.folder / "plan.json"
     if plan_file.is_file() and read_json(plan_file) == plan:
         return
-    if folder.is_dir():
+    if not alone:
+        raise ConfigError(f"another share is working in {job.config.output_dir} with other inputs or settings; choose another output.")
+    if job.folder.is_dir():
         if plan_file.is_file():
-            print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
-        shutil.rmtree(folder)
+            print(f"Leftovers of an unfinished run with other inputs or settings are removed from {job.folder}.")
+        shutil.rmtree(job.folder)
     else:
         for name in (EXAMPLES, REJECTS):
-            if (output_dir / name).exists():
-                raise InputError(f"{output_dir / name} exists already and has no manifest; choose another output_dir or remove it.")
+            if (path := job.config.output_dir / name).exists():
+                raise InputError(f"{path} exists already and has no manifest; choose another output_dir or remove it.")
     write_json(plan_file, plan)
 
 
-def _take_in(config: SynthesizeConfig, folder: Path, files: Sequence[Path], prompts: Prompts) -> IntakeSummary:
+def _take_in(job: _Job) -> IntakeSummary:
+    config = job.config
+    prompts = load_prompts(job.prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
     fixed = fit(prompts, (), "", most=config.longest_prompt)
     if fixed is None:
         needed = len(prompts.encode((), ""))
@@ -119,87 +178,60 @@ def _take_in(config: SynthesizeConfig, folder: Path, files: Sequence[Path], prom
     options = IntakeOptions(
         text_key=config.text_key, id_key=config.id_key, limit=config.limit, on_error=config.on_error, long_texts=config.long_texts
     )
-    taken = take_in(folder / "intake", files, options, fits)
+    taken = take_in(job.folder / INTAKE, job.files, options, fits)
     if not taken.texts:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in taken.rejected.items()) or "nothing was there"
         raise InputError(f"no text is left of {', '.join(config.input)}: {reasons}.")
     return taken
 
 
-def _make_shards(config: SynthesizeConfig, folder: Path, prompt_format: PromptFormat, prompts: Prompts, *, revision: str) -> list[Path]:
-    """Make the shards that are not finished, and return the folders of all."""
-    with Texts(folder / "intake") as texts:
-        columns = plan_columns(len(texts), config.rounds)
-        size = max(config.shard_size // config.rounds, 1)
-        groups = {folder / f"{number:06d}": columns[start : start + size] for number, start in enumerate(range(0, len(columns), size))}
-        left = {shard: group for shard, group in groups.items() if read_shard(shard) is None}
-        if len(left) < len(groups):
-            print(f"{len(groups) - len(left)} of {len(groups)} shards are finished already; going on with the rest.")
-        if not left:
-            return list(groups)
-        work = Work(
-            prompt_format=prompt_format,
-            prompts=prompts,
-            engine=load_engine(config.engine, _engine_settings(config, prompt_format)),
-            filtering=config.filtering,
-            synthesizer=f"{config.model.name}@{revision}",
-            max_new_tokens=config.max_new_tokens,
-            longest_prompt=config.longest_prompt,
-            retries=config.retries,
-        )
-        total = sum(len(column) for group in left.values() for column in group)
-        with Progress("synthesize", total=total, unit="texts") as progress:
-            report = _Report(progress)
-            for shard, group in left.items():
-                make_shard(shard, [[texts[index] for index in column] for column in group], work, report)
-    return list(groups)
+def _make_shards(job: _Job, plan: ShardPlan, shards: Sequence[int]) -> None:
+    """Make those of these shards that are not finished."""
+    left = [number for number in shards if read_shard(job.shard(number)) is None]
+    if len(left) < len(shards):
+        print(f"{len(shards) - len(left)} of {len(shards)} shards are finished already; going on with the rest.")
+    if not left:
+        return
+    with Progress("synthesize", total=sum(map(plan.texts, left)), unit="texts") as progress:
+        if job.config.executor == "ray":
+            run_on_ray(job.assignment, left, _Display(progress))
+        else:
+            run_local(job.assignment, left, _Display(progress))
 
 
-class _Report:
-    """Adds the rate of generated tokens to the progress display."""
+class _Display:
+    """Adds the rate of generated tokens, and what the prefix cache spares, to the progress display."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._tokens, self._started = progress, 0, time.monotonic()
+        self._progress, self._usage, self._started = progress, Usage(), time.monotonic()
 
-    def __call__(self, texts: int, tokens: int) -> None:
-        self._tokens += tokens
-        rate = self._tokens / max(time.monotonic() - self._started, 1e-3)
-        self._progress.add(texts, note=f"{self._tokens:,} tokens generated, {rate:,.0f} tokens/s")
-
-
-def _engine_settings(config: SynthesizeConfig, prompt_format: PromptFormat) -> EngineSettings:
-    return EngineSettings(
-        model=config.model,
-        tokenizer=config.tokenizer_folder,
-        max_model_len=config.max_model_len,
-        temperature=config.temperature,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-        dtype=config.dtype,
-        structured=prompt_format.structured_output != "none",
-        script=config.script,
-        **asdict(config.vllm),
-    )
+    def __call__(self, report: Report) -> None:
+        self._usage += report.usage
+        rate = self._usage.generated / max(time.monotonic() - self._started, 1e-3)
+        note = f"{rate:,.0f} tokens/s generated, {self._usage.cached / max(self._usage.prompt, 1):.0%} of prompt tokens cached"
+        self._progress.add(report.texts, note=note)
 
 
-def _merge(config: SynthesizeConfig, folder: Path, shards: Sequence[Path], taken: IntakeSummary, manifest: Manifest) -> Manifest:
+def _merge(job: _Job, shards: Sequence[Path], taken: IntakeSummary) -> Manifest:
     """Write the outputs in the order of the shards, and return the manifest with counts and fingerprints."""
-    summaries: list[ShardSummary] = [summary for shard in shards if (summary := read_shard(shard)) is not None]
-    assert len(summaries) == len(shards), "every shard is finished"
-    _concatenate([shard / EXAMPLES for shard in shards], config.output_dir / EXAMPLES)
-    _concatenate([folder / "intake" / REJECTS, *(shard / REJECTS for shard in shards)], config.output_dir / REJECTS)
-    counts = sum((Counter(summary.counts) for summary in summaries), Counter({"texts": 0, "texts_with_pairs": 0, "pairs": 0}))
+    counts, rejected = Counter({"texts": 0, "texts_with_pairs": 0, "pairs": 0}), Counter(taken.rejected)
+    for shard in shards:
+        summary = read_shard(shard)
+        assert summary is not None, "every shard is finished"
+        counts.update(summary.counts)
+        rejected.update(summary.rejected)
     assert counts["texts"] == taken.texts, "every text that was taken in was asked about once"
-    rejected = sum((Counter(summary.rejected) for summary in summaries), Counter(taken.rejected))
-    outputs: tuple[FileRecord, ...] = records([config.output_dir / EXAMPLES, config.output_dir / REJECTS], relative_to=config.output_dir)
+    output_dir = job.config.output_dir
+    _concatenate([shard / EXAMPLES for shard in shards], output_dir / EXAMPLES)
+    _concatenate([job.folder / INTAKE / REJECTS, *(shard / REJECTS for shard in shards)], output_dir / REJECTS)
     return Manifest(
-        stage=manifest.stage,
-        settings=manifest.settings,
-        inputs=manifest.inputs,
-        outputs=outputs,
+        stage=STAGE,
+        settings=job.settings,
+        inputs=job.inputs,
+        outputs=records([output_dir / EXAMPLES, output_dir / REJECTS], relative_to=output_dir),
         counts={"records_in": taken.records, "records_split": taken.split, **dict(sorted(counts.items()))},
         rejected=dict(sorted(rejected.items())),
-        facts=manifest.facts,
+        facts={"model": job.model, "prompt_format": job.prompt_format.name, "synthesizer": job.synthesizer},
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_instruct.records import InstructionPair, OneShotExample
-from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples, plan_columns
+from megatron_instruct.synthesis.chains import Column, ColumnPlan, advance, m_shot_examples
 
 PAIR = InstructionPair(question="Q?", answer="A")
 
@@ -17,7 +17,7 @@ def shot(number: int, *, pairs: bool) -> OneShotExample:
 
 @given(texts=st.integers(0, 300), rounds=st.integers(1, 12))
 def test_every_text_stands_in_exactly_one_column_of_at_most_m(texts: int, rounds: int) -> None:
-    columns = plan_columns(texts, rounds)
+    columns = list(ColumnPlan(texts, rounds))
     assert sorted(itertools.chain(*columns)) == list(range(texts))
     assert all(0 < len(column) <= rounds and list(column) == sorted(column) for column in columns)
     assert [column[0] for column in columns] == sorted(column[0] for column in columns)
@@ -25,9 +25,9 @@ def test_every_text_stands_in_exactly_one_column_of_at_most_m(texts: int, rounds
 
 
 def test_blocks_of_an_uneven_corpus() -> None:
-    assert plan_columns(7, 3) == [[0, 3, 5], [1, 4, 6], [2]]
-    assert plan_columns(2, 5) == [[0, 1]]
-    assert plan_columns(0, 2) == []
+    assert list(ColumnPlan(7, 3)) == [[0, 3, 5], [1, 4, 6], [2]]
+    assert list(ColumnPlan(2, 5)) == [[0, 1]]
+    assert list(ColumnPlan(0, 2)) == []
 
 
 @settings(deadline=None)

@@ -71,21 +71,41 @@ def test_an_engine_that_fails_every_request_stops_the_run(bench: Any, synthesize
     bench.script(failures={f"t{n:03d}": 9 for n in range(6)})
     status, printed = synthesize(bench.corpus(6), rounds=1)
     assert status == 5
-    assert "every request of a batch" in printed
+    assert "every one of 6 requests failed" in printed
     assert not (bench.folder / "out" / "manifest.json").exists()
 
 
-def test_an_engine_that_dies_keeps_the_finished_shards(bench: Any, synthesize: Synthesize) -> None:
+def test_an_engine_that_dies_is_started_again(bench: Any, synthesize: Synthesize) -> None:
+    corpus = bench.corpus(12)
+    assert synthesize(corpus, "calm")[0] == 0
+    bench.script(dead_after=5, log=str(bench.folder / "log"))
+    status, printed = synthesize(corpus, restarts=2)
+    assert status == 0, printed
+    assert "The engine died and is started again (2 of 2)" in printed
+    assert bench.outputs("out")["examples.jsonl"] == bench.outputs("calm")["examples.jsonl"]
+
+
+def test_an_engine_that_dies_for_good_stops_the_run_and_what_it_answered_is_kept(bench: Any, synthesize: Synthesize) -> None:
     corpus = bench.corpus(12)
     assert synthesize(corpus, "calm", shard_size=4)[0] == 0
-    bench.script(dead_after=9)
-    settings = {"shard_size": 4}
+    log = bench.folder / "log"
+    bench.script(dead_after=9, log=str(log))
+    settings = {"shard_size": 4, "restarts": 0}
     assert synthesize(corpus, **settings)[0] == 5
-    assert len(list((bench.folder / "out" / "shards").glob("0*/summary.json"))) == 2
+    shards = bench.folder / "out" / "shards"
+    answered = [json.loads(line)["id"] for journal in shards.glob("*.journal") for line in journal.read_text().splitlines()]
+    answered += [shot["id"] for path in shards.glob("0*/examples.jsonl") for shot in example_shots(path)]
+    assert len(answered) == 9
+    log.unlink()
     status, printed = synthesize(corpus, **settings)
-    assert status == 0, "nine requests are enough for the shards that are left"
-    assert "2 of 3 shards are finished already" in printed
+    assert status == 0, "nine requests are enough for what is left"
+    assert sorted(log.read_text().split()) == sorted({f"t{n:03d}" for n in range(12)} - set(answered))
+    assert "of 3 shards are finished already" in printed
     assert bench.outputs("out")["examples.jsonl"] == bench.outputs("calm")["examples.jsonl"]
+
+
+def example_shots(path: Path) -> list[dict[str, Any]]:
+    return [shot for line in path.read_text().splitlines() for shot in json.loads(line)["shots"]]
 
 
 def test_pairs_that_filters_drop_are_kept_with_their_reason(bench: Any, synthesize: Synthesize) -> None:

@@ -1,14 +1,14 @@
 """The seam between synthesis and whatever generates text.
 
-An engine is loaded once, is told where a shard begins, and answers whole batches. A request that fails is an answer with its error: only an
-engine that is dead raises.
+An engine takes requests at any time and gives completions as they are finished, in any order, so that whoever asks never has to wait for a
+whole batch. A request that fails is a completion with its error: only an engine that is dead raises.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from megatron_instruct.errors import ConfigError, did_you_mean
 
@@ -18,7 +18,7 @@ class Request:
     """One prompt."""
 
     id: str
-    """The raw text's id; an engine that samples derives its seed from it."""
+    """Unique among the requests of a run: the raw text's id, or one made from it; an engine that samples derives its seed from it."""
     prompt: tuple[int, ...]
     """Token ids."""
     max_new_tokens: int
@@ -37,6 +37,10 @@ class Completion:
     """The model ended by itself; False at the limit of new tokens."""
     error: str | None = None
     """Why the request failed; None when it did not."""
+    cached: int = 0
+    """Tokens of the prompt that the engine had in its prefix cache."""
+    attempts: int = 1
+    """Times that it was asked; counted by the schedule, not by the engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,8 @@ class EngineSettings:
     dtype: str
     structured: bool
     """Requests will have grammars."""
+    in_flight: int | None
+    """Requests in work at once; None leaves it to the engine."""
     tensor_parallel_size: int
     gpu_memory_utilization: float | None
     max_num_seqs: int | None
@@ -60,26 +66,42 @@ class EngineSettings:
     threads: int | None
     """Threads on CPU."""
     enforce_eager: bool
+    server_url: str | None
+    server_model: str | None
+    """Name of the model there; None takes the only one, or the one called like `model`."""
+    server_prompt: Literal["ids", "text"]
+    server_key_variable: str
+    """Environment variable with the server's key."""
+    request_timeout: float
+    """Seconds."""
     script: Path | None
 
 
 class Engine(Protocol):
     """Generates completions."""
 
-    def begin_shard(self) -> None:
-        """Forget what earlier requests left, so that a shard gives the same bytes in whatever run it is made."""
+    capacity: int
+    """Requests that keep it busy; more may be submitted and wait."""
+
+    def submit(self, request: Request) -> None:
+        """Take a request and return at once. Raises EngineError when the engine is dead."""
         ...
 
-    def generate(self, requests: Sequence[Request], report: Callable[[int, int], None]) -> list[Completion]:
-        """Answer all requests, in their order.
+    def poll(self) -> Sequence[tuple[Request, Completion]]:
+        """Wait until at least one request that was submitted is finished; return those that are. To be called with a request in work.
 
-        report: called with the requests finished and the tokens generated since the last call. Raises EngineError when the engine is dead.
+        Raises EngineError when the engine is dead.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds; what is in work is lost."""
         ...
 
 
 ENGINES = {
     "vllm": "megatron_instruct.synthesis.engines.vllm:VllmEngine",
+    "server": "megatron_instruct.synthesis.engines.server:ServerEngine",
     "scripted": "megatron_instruct.synthesis.engines.scripted:ScriptedEngine",
 }
 

@@ -7,7 +7,7 @@ says; and compiles grammars before a request is scheduled, for the same reason.
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_instruct.errors import EngineError, MissingPackageError
@@ -15,7 +15,7 @@ from megatron_instruct.synthesis.engines.engine import Completion, EngineSetting
 
 
 class VllmEngine:
-    """Owns a vllm.LLM and drives it step by step, so that progress is seen and one bad request fails alone."""
+    """Owns a vllm.LLM and drives it step by step: requests enter between two steps, completions leave after the step that finished them."""
 
     def __init__(self, settings: EngineSettings) -> None:
         on_cpu = _set_environment(settings)
@@ -29,31 +29,38 @@ class VllmEngine:
             self._llm: Any = vllm.LLM(**_arguments(settings, on_cpu=on_cpu))
         except (ValueError, RuntimeError, OSError) as error:
             raise EngineError(f"vLLM could not load {settings.model}: {_first_line(error)}") from error
-        manager = self._llm.llm_engine.engine_core.engine_core.structured_output_manager
+        self._engine: Any = self._llm.llm_engine
+        manager = self._engine.engine_core.engine_core.structured_output_manager
         manager._use_async_grammar_compilation = False  # vLLM 0.32: its threads would decide which step a request enters
+        self.capacity = settings.in_flight or int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self._in_work: dict[str, Request] = {}
+        self._refused: list[tuple[Request, Completion]] = []
 
-    def begin_shard(self) -> None:
-        self._llm.llm_engine.reset_prefix_cache()
-
-    def generate(self, requests: Sequence[Request], report: Callable[[int, int], None]) -> list[Completion]:
-        """Submit all requests at once, then step until all are answered."""
-        engine = self._llm.llm_engine
-        completions: dict[int, Completion] = {}
-        for number, request in enumerate(requests):
-            try:
-                engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, self._sampling(request))
-            except ValueError as error:
-                completions[number] = Completion(error=_first_line(error))
-                report(1, 0)
+    def submit(self, request: Request) -> None:
         try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        completions[int(output.request_id)] = _completion(output.outputs[0])
-                        report(1, len(output.outputs[0].token_ids))
+            self._engine.add_request(request.id, {"prompt_token_ids": list(request.prompt)}, self._sampling(request))
+        except ValueError as error:
+            self._refused.append((request, Completion(error=_first_line(error))))
+        else:
+            self._in_work[request.id] = request
+
+    def poll(self) -> Sequence[tuple[Request, Completion]]:
+        finished, self._refused = self._refused, []
+        try:
+            while not finished:
+                outputs = (output for output in self._engine.step() if output.finished)
+                finished += [(self._in_work.pop(output.request_id), _completion(output)) for output in outputs]
         except Exception as error:  # vLLM raises many kinds here, and none leaves an engine that goes on
-            raise EngineError(f"vLLM died: {type(error).__name__}: {_first_line(error)}; finished shards are kept.") from error
-        return [completions[number] for number in range(len(requests))]
+            raise EngineError(f"vLLM died: {type(error).__name__}: {_first_line(error)}; finished requests are kept.") from error
+        return finished
+
+    def close(self) -> None:
+        """Free the memory of the device, so that another engine can be loaded."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        del self._llm, self._engine
+        cleanup_dist_env_and_memory()
 
     def _sampling(self, request: Request) -> Any:
         structured = None
@@ -105,7 +112,9 @@ def _arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def _completion(output: Any) -> Completion:
-    return Completion(text=output.text, tokens=len(output.token_ids), stopped=output.finish_reason == "stop")
+    text = output.outputs[0]
+    cached = output.num_cached_tokens or 0
+    return Completion(text=text.text, tokens=len(text.token_ids), stopped=text.finish_reason == "stop", cached=cached)
 
 
 def _first_line(error: Exception) -> str:

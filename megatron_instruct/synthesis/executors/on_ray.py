@@ -1,0 +1,130 @@
+"""Workers as Ray actors, on every machine of a Ray cluster, with a file system that all machines share.
+
+Each actor owns an engine, and as many GPUs as one model is divided over; one more actor, without a claim on anything, gives out the shards.
+An actor that dies gives its shards back and is replaced, a limited number of times.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_instruct.errors import ConfigError, EngineError, MegatronInstructError, MissingPackageError
+from megatron_instruct.synthesis.dispatch import Dispatch
+from megatron_instruct.synthesis.worker import Assignment, Report, Worker
+
+_SECONDS = 1.0
+"""Between two looks at what was reported."""
+
+
+def run_on_ray(assignment: Assignment, shards: Sequence[int], report: Callable[[Report], None]) -> None:
+    """Make the shards. report: called with what was done since the last call.
+
+    Raises EngineError, ConfigError and what else stops a worker; what was finished is kept.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackageError("ray", extra="cluster", purpose="executor=ray") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        os.environ.setdefault(
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+        )  # Ray 2.60: leave CUDA_VISIBLE_DEVICES alone where no GPU is claimed
+        try:
+            ray.init(address=assignment.config.ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ConfigError(f"ray_address={assignment.config.ray_address!r}: no Ray cluster answers there ({error}).") from error
+    try:
+        _Actors(ray, assignment, shards).run(report)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class _Actors:
+    """The actors, and the references by which it is known when they end."""
+
+    def __init__(self, ray: Any, assignment: Assignment, shards: Sequence[int]) -> None:
+        self._ray, self._assignment = ray, assignment
+        self._dispatch = ray.remote(num_cpus=0)(Dispatch).remote(shards)
+        config = assignment.config
+        needs: dict[str, Any] = {"num_cpus": config.vllm.threads or 1}
+        if config.engine == "vllm" and ray.cluster_resources().get("GPU", 0):
+            needs["num_gpus"] = config.vllm.tensor_parallel_size
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(needs["num_cpus"])}
+        self._actor = ray.remote(**needs, runtime_env={"env_vars": environment})(_Actor)
+        self._check(needs)
+        self._running: dict[Any, int] = {}
+        self._deaths = 0
+
+    def _check(self, needs: dict[str, Any]) -> None:
+        """An actor that no machine has room for would be waited for without end."""
+        replicas = self._assignment.config.replicas
+        there = self._ray.cluster_resources()
+        for resource, each in (("CPU", needs["num_cpus"]), ("GPU", needs.get("num_gpus", 0))):
+            if replicas * each > there.get(resource, 0):
+                raise ConfigError(
+                    f"replicas={replicas} need {replicas * each} {resource}s of the Ray cluster, which has {there.get(resource, 0):g}; "
+                    "lower replicas, or add machines."
+                )
+
+    def run(self, report: Callable[[Report], None]) -> None:
+        for worker in range(self._assignment.config.replicas):
+            self._start(worker)
+        while self._running:
+            ended, _ = self._ray.wait(list(self._running), timeout=_SECONDS)
+            for reference in ended:
+                self._end(reference, self._running.pop(reference))
+            report(self._ray.get(self._dispatch.reported.remote()))
+
+    def _start(self, worker: int) -> None:
+        actor = self._actor.remote(self._assignment, self._dispatch, worker)
+        self._running[actor.run.remote()] = worker
+
+    def _end(self, reference: Any, worker: int) -> None:
+        """See whether an actor's work is done, or the actor."""
+        try:
+            failure = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            self._deaths += 1
+            restarts = self._assignment.config.restarts
+            shards = self._ray.get(self._dispatch.take_back.remote(worker))
+            if self._deaths > restarts:
+                raise EngineError(f"worker {worker} died, after {restarts} others were replaced; what was finished is kept.") from error
+            print(
+                f"worker {worker} died; it is replaced ({self._deaths} of {restarts}), its {shards} shards are taken up again.",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._start(worker)
+            return
+        if failure is not None:
+            raised = MegatronInstructError(f"worker {worker}: {failure[0]}")
+            raised.exit_status = failure[1]
+            raise raised
+
+
+class _Actor:
+    """One worker, in a process that Ray starts."""
+
+    def __init__(self, assignment: Assignment, dispatch: Any, worker: int) -> None:
+        self._assignment, self._dispatch, self._worker = assignment, dispatch, worker
+
+    def run(self) -> tuple[str, int] | None:
+        """Return why it gave up, and the exit status of that; None when there was nothing left to do."""
+        import ray
+
+        def next_shard() -> int | None:
+            number: int | None = ray.get(self._dispatch.next_shard.remote(self._worker))
+            return number
+
+        def report(what: Report) -> None:
+            self._dispatch.report.remote(self._worker, what)
+
+        try:
+            Worker(self._assignment, next_shard, report).run()
+        except MegatronInstructError as error:
+            return str(error), error.exit_status
+        return None
