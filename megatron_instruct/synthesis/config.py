@@ -41,6 +41,8 @@ class ServerSettings:
     """Environment variable that holds the server's key, where it asks for one."""
     request_timeout: float = 600.0
     """Seconds that an answer may take."""
+    server_patience: float = 60.0
+    """Seconds that a server which cannot be reached is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +131,9 @@ class SynthesizeConfig:
             )
         if (self.engine == "server") != (self.server.server_url is not None):
             raise ConfigError("engine=server and server_url belong together; give both, or neither.")
-        if self.server.request_timeout <= 0:
-            raise ConfigError(f"request_timeout={self.server.request_timeout} must be above 0 seconds.")
+        for name in ("request_timeout", "server_patience"):
+            if getattr(self.server, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self.server, name)} must be above 0 seconds.")
         parse_share(self.share)
 
     @property

@@ -4,6 +4,7 @@ An engine takes requests at any time and gives completions as they are finished,
 whole batch. A request that fails is a completion with its error: only an engine that is dead raises.
 """
 
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class EngineSettings:
     """Environment variable with the server's key."""
     request_timeout: float
     """Seconds."""
+    server_patience: float
+    """Seconds."""
     script: Path | None
 
 
@@ -104,6 +107,12 @@ ENGINES = {
     "server": "megatron_instruct.synthesis.engines.server:ServerEngine",
     "scripted": "megatron_instruct.synthesis.engines.scripted:ScriptedEngine",
 }
+
+
+def seed_of(settings: EngineSettings, request: Request) -> int | None:
+    """Return the seed of a request's own random stream; None where nothing is drawn."""
+    digest = hashlib.sha256(f"{settings.seed}:{request.id}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") if settings.temperature > 0 else None
 
 
 def load_engine(name: str, settings: EngineSettings) -> Engine:

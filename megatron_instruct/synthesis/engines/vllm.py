@@ -4,14 +4,13 @@ Runs without vLLM's separate engine process, since only then is its scheduling t
 says; and compiles grammars before a request is scheduled, for the same reason.
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_instruct.errors import EngineError, MissingPackageError
-from megatron_instruct.synthesis.engines.engine import Completion, EngineSettings, Request
+from megatron_instruct.synthesis.engines.engine import Completion, EngineSettings, Request, seed_of
 
 
 class VllmEngine:
@@ -66,12 +65,11 @@ class VllmEngine:
         structured = None
         if request.grammar is not None:
             structured = self._vllm.sampling_params.StructuredOutputsParams(grammar=request.grammar)
-        seed = int.from_bytes(hashlib.sha256(f"{self._settings.seed}:{request.id}".encode()).digest()[:4], "little")
         return self._vllm.SamplingParams(
             temperature=self._settings.temperature,
             max_tokens=request.max_new_tokens,
             repetition_penalty=self._settings.repetition_penalty,
-            seed=seed if self._settings.temperature > 0 else None,
+            seed=seed_of(self._settings, request),
             structured_outputs=structured,
         )
 

@@ -1,0 +1,229 @@
+"""Any running server with OpenAI's completions endpoint, such as `vllm serve`.
+
+Requests go out side by side, each in a thread. One that fails, times out or is answered with garbage fails alone; 429 and 5xx are asked
+again after a pause; a server that refuses connections is waited for, and is dead when it stays away. No answer is believed unseen.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_instruct.errors import ConfigError, EngineError, MissingPackageError, did_you_mean
+from megatron_instruct.synthesis.engines.engine import Completion, EngineSettings, Request, seed_of
+from megatron_instruct.tokenizer import load_tokenizer
+
+_CAPACITY = 64
+_TRIES = 6
+"""Times that a busy or failing server is asked, with pauses of 0.5, 1, 2, 4 and 8 seconds between, or of what it asks for itself."""
+_LONGEST_PAUSE = 60.0
+"""Seconds."""
+
+
+class ServerEngine:
+    """A pool of threads that each have one request at the server."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Raises EngineError where no server answers in time, and ConfigError where it is not one that can do what is asked."""
+        try:
+            import openai
+        except ImportError as error:
+            raise MissingPackageError("openai", extra="synthesis", purpose="engine=server") from error
+        assert settings.server_url is not None, "checked with the settings"
+        self._settings, self._openai, self._url = settings, openai, settings.server_url.rstrip("/")
+        key = os.environ.get(settings.server_key_variable) or "none"
+        self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=settings.request_timeout, max_retries=0)
+        self._model = self._find_model()
+        if settings.structured:
+            self._check_grammars()
+        self._tokenizer = load_tokenizer(settings.tokenizer) if settings.server_prompt == "text" else None
+        self.capacity = settings.in_flight or _CAPACITY
+        self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[tuple[Request, Completion | EngineError]] = queue.SimpleQueue()
+        self._serving, self._lock = self.capacity, threading.Lock()
+        for _ in range(self.capacity):
+            threading.Thread(target=self._serve, daemon=True).start()
+
+    def submit(self, request: Request) -> None:
+        self._asked.put(request)
+
+    def poll(self) -> Sequence[tuple[Request, Completion]]:
+        finished: list[tuple[Request, Completion]] = []
+        while not finished or not self._answered.empty():
+            request, answer = self._answered.get()
+            if isinstance(answer, EngineError):
+                raise answer
+            finished.append((request, answer))
+        return finished
+
+    def close(self) -> None:
+        """Let the threads go once their requests are over; nobody waits for them."""
+        while not self._asked.empty():
+            self._asked.get()
+        for _ in range(self.capacity):
+            self._asked.put(None)
+
+    def _serve(self) -> None:
+        while (request := self._asked.get()) is not None:
+            try:
+                answer: Completion | EngineError = self._ask(request)
+            except EngineError as error:
+                answer = error
+            self._answered.put((request, answer))
+        with self._lock:
+            self._serving -= 1
+            if not self._serving:
+                self._client.close()
+
+    def _ask(self, request: Request) -> Completion:
+        """Ask until there is an answer, or reason to give up."""
+        openai = self._openai
+        for pause in _pauses():
+            try:
+                return self._completion(self._client.completions.with_raw_response.create(**self._arguments(request)))
+            except openai.APITimeoutError:
+                return Completion(error=f"no answer within request_timeout={self._settings.request_timeout:g} seconds")
+            except openai.APIConnectionError as error:
+                raise EngineError(f"server {self._url} is gone: {_cause(error)}") from error
+            except openai.APIStatusError as error:
+                if pause is None or not (error.status_code == 429 or error.status_code >= 500):
+                    return Completion(error=f"the server answered {error.status_code}: {_shortened(error.message)}")
+                time.sleep(_asked_pause(error) or pause)
+            except _Garbage as error:
+                return Completion(error=str(error))
+        raise AssertionError("the last try returns")
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        settings, seed, extra = self._settings, seed_of(self._settings, request), dict[str, Any]()
+        if settings.repetition_penalty != 1:
+            extra["repetition_penalty"] = settings.repetition_penalty
+        if request.grammar is not None:
+            extra["structured_outputs"] = {"grammar": request.grammar}
+        return {
+            "model": self._model,
+            "prompt": list(request.prompt) if self._tokenizer is None else self._text(request.prompt),
+            "max_tokens": request.max_new_tokens,
+            "temperature": settings.temperature,
+            "extra_body": extra,
+            **({} if seed is None else {"seed": seed}),
+        }
+
+    def _text(self, prompt: Sequence[int]) -> str:
+        """Return the prompt as text, without the BOS that servers add themselves."""
+        assert self._tokenizer is not None, "asked for with server_prompt=text"
+        return self._tokenizer.decode(prompt[1:] if prompt and prompt[0] == self._tokenizer.bos else prompt)
+
+    def _completion(self, response: Any) -> Completion:
+        value = _json(response)
+        try:
+            (choice,) = value["choices"]
+            text, reason, usage = choice["text"], choice["finish_reason"], value.get("usage") or {}
+            tokens = int(usage["completion_tokens"])
+            cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_shortened(value)}") from error
+        if not isinstance(text, str) or reason not in ("stop", "length"):
+            raise _Garbage(f"the server ended the completion with finish_reason={reason!r}, text {_shortened(text)}")
+        return Completion(text=text, tokens=tokens, stopped=reason == "stop", cached=cached)
+
+    def _find_model(self) -> str:
+        """Return the name of the model to ask; also the first sign of life."""
+        models = {one.name: one for one in self._models()}
+        wanted = self._settings.server_model
+        if wanted is None:
+            own = str(self._settings.model)
+            wanted = own if own in models else next(iter(models)) if len(models) == 1 else None
+        if wanted is None:
+            raise ConfigError(f"server {self._url} has {len(models)} models: {', '.join(models)}; choose one with --server-model.")
+        if wanted not in models:
+            raise ConfigError(f"server {self._url} has no model {wanted!r}{did_you_mean(wanted, models)}")
+        longest = models[wanted].max_model_len
+        if longest is not None and longest < self._settings.max_model_len:
+            raise ConfigError(
+                f"max_model_len={self._settings.max_model_len} is above the {longest} tokens of the server's {wanted}; lower it."
+            )
+        return wanted
+
+    def _models(self) -> "list[_Model]":
+        """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
+        openai = self._openai
+        deadline = time.monotonic() + self._settings.server_patience
+        for pause in _pauses(endless=True):
+            assert pause is not None, "without end"
+            try:
+                value = _json(self._client.models.with_raw_response.list(timeout=min(self._settings.request_timeout, 30)))
+                return [_Model(str(one["id"]), one.get("max_model_len")) for one in value["data"]]
+            except openai.APIStatusError as error:
+                if error.status_code < 500:
+                    raise ConfigError(f"server {self._url} answered {error.status_code}: {_shortened(error.message)}{_HINT}") from error
+                reason = f"answered {error.status_code}"
+            except openai.APIConnectionError as error:
+                reason = f"cannot be reached: {_cause(error)}"
+            except (_Garbage, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"server {self._url} does not list its models, so it is none of OpenAI's interface{_HINT}") from error
+            if time.monotonic() + pause > deadline:
+                raise EngineError(f"server {self._url} {reason}, for {self._settings.server_patience:g} seconds{_HINT}")
+            time.sleep(pause)
+        raise AssertionError("pauses do not end")
+
+    def _check_grammars(self) -> None:
+        """Only vLLM's own server follows grammars; others would leave them out without a word."""
+        import httpx
+
+        try:
+            self._client.get(self._url.removesuffix("/v1") + "/version", cast_to=httpx.Response)
+        except self._openai.APIStatusError as error:
+            raise ConfigError(
+                f"the prompt format forces its form, and server {self._url} is not vLLM's, which alone can do so; use another format."
+            ) from error
+
+
+_HINT = "; start one, such as `vllm serve MODEL`, or mend --server-url (it ends with /v1) or the key."
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    name: str
+    max_model_len: int | None
+    """Tokens, where the server says it."""
+
+
+class _Garbage(Exception):
+    """An answer that is none, for the reason that it carries."""
+
+
+def _json(response: Any) -> Any:
+    try:
+        return response.http_response.json()
+    except ValueError as error:
+        raise _Garbage(f"the server's answer is no JSON: {_shortened(response.http_response.text)}") from error
+
+
+def _pauses(*, endless: bool = False) -> Iterator[float | None]:
+    """Yield the seconds to wait after each try; None after the last."""
+    pause = 0.5
+    for _ in iter(int, 1) if endless else range(_TRIES - 1):
+        yield pause
+        pause = min(2 * pause, 8.0)
+    yield None
+
+
+def _asked_pause(error: Any) -> float | None:
+    """Return the seconds that the server asks to wait, where it says so in a number."""
+    try:
+        pause = float(error.response.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return min(max(pause, 0.0), _LONGEST_PAUSE)
+
+
+def _cause(error: Exception) -> str:
+    return str(error.__cause__ or error)
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
