@@ -1,0 +1,112 @@
+"""Ids of many texts as one array, and which bytes of its text each token stands for.
+
+Comes in: ids, and the bytes that each id of the vocabulary spells. Goes out: `FlatTokens`. A token's bytes are never guessed: the bytes
+that the tokens spell are compared with those of the text, and where they differ (a normalizer changed the text, or a token stands for
+what is not in the vocabulary) the tokenizer's library is asked for its offsets into the original text. Does not know: any library.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ends = npt.NDArray[np.int64]
+NO_TEXT = b"\xff"
+"""What an id spells that stands for no text, such as an unknown or a control token. Occurs in no UTF-8."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatTokens:
+    """Tokens of several texts, one after another."""
+
+    ids: npt.NDArray[Any]
+    """[tokens], in the dtype of a data set with this vocabulary."""
+    lengths: npt.NDArray[np.int32]
+    """Tokens of each text, [texts]."""
+    ends: Ends | None
+    """For each token the number of UTF-8 bytes of its text up to its end, [tokens].
+
+    A token begins where the one before it ends, the first with the text; the last ends with the text. Where several tokens share a
+    character and nothing says which of its bytes are whose, the last of them has all of it.
+    """
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype for ids below vocab_size: uint16 below 65,500, else int32 (megatron-core's DType.optimal_dtype)."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """The bytes that each id spells; NO_TEXT for an id that stands for none."""
+
+    pieces: Sequence[bytes]
+    sizes: Ends
+    """Of the pieces, in bytes."""
+
+    @classmethod
+    def of(cls, pieces: Sequence[bytes]) -> "Spelling":
+        return cls(pieces, np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
+
+    def with_ends(self, texts: Sequence[str], tokens: FlatTokens, from_library: Callable[[str], Ends]) -> FlatTokens:
+        """Return the tokens with where each ends in its text, in bytes.
+
+        from_library: called with a text whose tokens spell something else, to return the ends of its tokens.
+        """
+        ends = np.cumsum(self.sizes[tokens.ids], dtype=np.int64)
+        pieces = list(map(self.pieces.__getitem__, tokens.ids.tolist()))
+        start = before = 0
+        for text, count in zip(texts, tokens.lengths.tolist(), strict=True):
+            if not count:
+                continue
+            stop = start + count
+            content, spelled = text.encode(), b"".join(pieces[start:stop])
+            through = int(ends[stop - 1])
+            if spelled == content:
+                ends[start:stop] -= before
+            elif spelled[:1] == b" " and spelled[1:] == content:  # the space that many tokenizers put before a text
+                ends[start:stop] -= before + 1
+            else:
+                ends[start:stop] = from_library(text)
+            start, before = stop, through
+        return dataclasses.replace(tokens, ends=ends)
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Return the bytes that a piece spells where "▁" is a space and "<0xE6>" a byte."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace("▁", " ").encode()
+
+
+def ends_of_characters(text: str, offsets: Sequence[tuple[int, int]]) -> Ends:
+    """Return the ends, in bytes, of tokens whose places in `text` are given in characters, [start, end)."""
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
+    bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+    return ends_before_starts(bounds[[start for start, _ in offsets]], int(bounds[-1]))
+
+
+def ends_before_starts(starts: npt.NDArray[np.int64], size: int) -> Ends:
+    """Return the ends of tokens that start at `starts` in a text of `size` bytes: each where the next one starts, the last with the text.
+
+    So a token has what the normalizer dropped behind it, too, and of tokens with one start, such as the bytes of a character, the last
+    has all of it.
+    """
+    in_order = np.minimum.accumulate(starts[::-1])[::-1]
+    return np.append(in_order[1:], np.int64(size))
+
+
+def flat_tokens(ids: Sequence[Sequence[int]] | Sequence[npt.NDArray[Any]], vocab_size: int) -> FlatTokens:
+    """Return the ids of several texts as one array, without ends."""
+    lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
+    dtype = token_dtype(vocab_size)
+    if ids and isinstance(ids[0], np.ndarray):
+        flat = np.concatenate(ids).astype(dtype)
+    else:
+        flat = np.fromiter(chain.from_iterable(ids), dtype=dtype, count=int(lengths.sum(dtype=np.int64)))
+    return FlatTokens(ids=flat, lengths=lengths, ends=None)

@@ -1,0 +1,100 @@
+"""tokenizer.json of Hugging Face, through the tokenizers library.
+
+Comes in: the file. Goes out: a `Tokenizer`. Does not know: transformers, chat templates.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.errors import InputError, MissingPackageError
+from megatron_instruct.files import read_json
+from megatron_instruct.tokenizer.flat import NO_TEXT, Ends, FlatTokens, Spelling, ends_of_characters, flat_tokens, piece_bytes
+from megatron_instruct.tokenizer.special_tokens import eod_id, fingerprint, generation_eos, special_names
+
+
+class HuggingFaceTokenizer:
+    """tokenizer.json through the tokenizers library."""
+
+    kind = "HuggingFaceTokenizer"
+
+    def __init__(self, file: Path, eod_token: str | None) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise MissingPackageError("tokenizers", extra="data", purpose=f"the tokenizer {file}") from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises the bare class
+            raise InputError(f"{file} is not a readable tokenizer: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        names = special_names(file.parent)
+        from_generation = generation_eos(file.parent)
+        token = eod_token or names.get("eos_token")
+        if token is None and from_generation is not None:
+            token = self._tokenizer.id_to_token(from_generation)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod = eod_id(vocabulary, token, file)
+        bos = names.get("bos_token")
+        self.bos: int | None = vocabulary.get(bos) if bos else None
+        content: dict[str, Any] = read_json(file)
+        self._spelling = Spelling.of(_pieces(vocabulary, self.vocab_size, byte_level=_is_byte_level(content)))
+        self.fingerprint = fingerprint(_what_decides_ids(content), self.eod)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
+        flat = flat_tokens(self.encode_batch(texts), self.vocab_size)
+        return self._spelling.with_ends(texts, flat, self._ends) if ends else flat
+
+    def _ends(self, text: str) -> Ends:
+        return ends_of_characters(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    """Say whether the vocabulary writes each byte as one of 256 letters, as GPT-2's does."""
+    return '"ByteLevel"' in json.dumps([content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
+
+
+def _pieces(vocabulary: dict[str, int], vocab_size: int, *, byte_level: bool) -> list[bytes]:
+    """Return the bytes that each id spells, as far as the vocabulary says so."""
+    pieces = [NO_TEXT] * vocab_size
+    letters = byte_letters() if byte_level else {}
+    for token, number in vocabulary.items():
+        if byte_level and all(letter in letters for letter in token):
+            pieces[number] = bytes(letters[letter] for letter in token)
+        else:
+            pieces[number] = piece_bytes(token)
+    return pieces
+
+
+def byte_letters() -> dict[str, int]:
+    """Return the letter that GPT-2's byte-level vocabulary writes for each byte: itself where it is printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def _what_decides_ids(content: dict[str, Any]) -> bytes:
+    """Return tokenizer.json in one canonical form, without what is never used here: padding, truncation, special tokens added around.
+
+    Merges are written as "a b" by older and as ["a", "b"] by newer versions of the library; both mean the same.
+    """
+    content = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding", "post_processor")}
+    merges = content["model"].get("merges")
+    if merges:
+        content["model"] = {**content["model"], "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]}
+    return json.dumps(content, sort_keys=True).encode()

@@ -1,0 +1,65 @@
+"""A sentencepiece model, through sentencepiece itself: converters are known to change ids without a word (transformers 5).
+
+Comes in: the .model file. Goes out: a `Tokenizer`. Does not know: other libraries' forms of the same vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_instruct.errors import InputError, MissingPackageError
+from megatron_instruct.tokenizer.flat import NO_TEXT, Ends, FlatTokens, Spelling, ends_before_starts, flat_tokens, piece_bytes
+from megatron_instruct.tokenizer.special_tokens import eod_id, fingerprint
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model through sentencepiece itself: converters are known to change ids without a word (transformers 5)."""
+
+    kind = "GPTSentencePieceTokenizer"
+
+    def __init__(self, file: Path, eod_token: str | None) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise MissingPackageError("sentencepiece", extra="data", purpose=f"the tokenizer {file}") from error
+        content = file.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{file} is not a readable sentencepiece model: {error}") from error
+        self.vocab_size: int = self._processor.get_piece_size()  # user-defined and control pieces are counted
+        pieces = {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
+        eos = self._processor.eos_id()
+        self.eod = eod_id(pieces, eod_token or (self._processor.id_to_piece(eos) if eos >= 0 else None), file)
+        bos = self._processor.bos_id()
+        self.bos: int | None = bos if bos >= 0 else None
+        self._spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)])
+        self.fingerprint = fingerprint(content, self.eod)
+
+    def _bytes_of(self, number: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(number) or processor.is_unknown(number) or processor.is_unused(number):
+            return NO_TEXT
+        return piece_bytes(processor.id_to_piece(number))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
+        ids = self._processor.encode(list(texts), return_type="numpy", num_threads=1) if texts else []
+        flat = flat_tokens(ids, self.vocab_size)
+        return self._spelling.with_ends(texts, flat, self._ends) if ends else flat
+
+    def _ends(self, text: str) -> Ends:
+        content = text.encode()
+        offsets = self._processor.encode(content, return_type="offset_mapping")["offsets"]  # in bytes, since the text is
+        return ends_before_starts(np.array([start for start, _ in offsets], dtype=np.int64), len(content))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text: str = self._processor.decode(list(ids))
+        return text
