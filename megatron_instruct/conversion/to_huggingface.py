@@ -22,7 +22,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, record, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import read_description
+from megatron_instruct.models.checkpoint_folder import read_description
 from megatron_instruct.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 _CONFIG, _GENERATION, _TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"

@@ -22,7 +22,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import iteration_folder, write_latest
+from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, load_tokenizer
 

@@ -27,6 +27,24 @@ class ParallelLayout:
         """Replicas of the model (DP)."""
         return self.world_size // (self.tensor * self.pipeline)
 
+    def layers_of_stage(self, architecture: Architecture, stage: int) -> int:
+        """Return the number of layers of a pipeline stage, over all its chunks."""
+        if self.layers_in_last_stage is None:
+            return architecture.num_layers // self.pipeline
+        if stage == self.pipeline - 1:
+            return self.layers_in_last_stage
+        return (architecture.num_layers - self.layers_in_last_stage) // (self.pipeline - 1)
+
+    def parameters_of_stage(self, architecture: Architecture, stage: int) -> int:
+        """Return the parameters of a pipeline stage over its tensor ranks, without padding; a tied embedding is in both end stages."""
+        embedding = architecture.vocab_size * architecture.hidden_size
+        outside = embedding * (1 if architecture.tie_embeddings else 2) + architecture.hidden_size
+        layers = (architecture.num_parameters - outside) // architecture.num_layers * self.layers_of_stage(architecture, stage)
+        if self.pipeline == 1:
+            return layers + outside
+        last = stage == self.pipeline - 1
+        return layers + (embedding if stage == 0 or last else 0) + (architecture.hidden_size if last else 0)
+
     def check(self, architecture: Architecture) -> None:
         """Raise ConfigError for a layout that the model or the number of processes does not allow."""
         model_ranks = self.tensor * self.pipeline

@@ -20,7 +20,8 @@ from megatron_instruct.errors import ConfigError, TrainingError
 from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import fill, iteration_folder, model_state, write_latest, write_state
+from megatron_instruct.models.checkpoint import fill, model_state, write_state
+from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.optimizer import prepare_for_loading, restore_step
 

@@ -41,10 +41,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def plan_layout(options: ParallelOptions, architecture: Architecture) -> ParallelLayout:
-    """Return the checked layout."""
+def plan_layout(options: ParallelOptions, architecture: Architecture, *, processes: int | None = None) -> ParallelLayout:
+    """Return the checked layout over so many processes; over those that torchrun started, by default."""
     layout = ParallelLayout(
-        world_size=world_size(),
+        world_size=processes or world_size(),
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,

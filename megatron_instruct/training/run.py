@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: PretrainConfig) -> None:
     """Train, or go on training, until train_iters. Raises ConfigError, InputError or TrainingError."""
+    if config.dry.dry_run:
+        from megatron_instruct.training.dry_run import describe
+
+        print(describe(config))
+        return
     from megatron_instruct.platform import noise
 
     noise.silence()

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import latest_iteration, read_description
+from megatron_instruct.models.checkpoint_folder import latest_iteration, read_description
 from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.config import BatchOptions, ModelOptions, PretrainConfig
@@ -59,7 +59,7 @@ def find_start(config: PretrainConfig) -> Start:
         raise ConfigError("tokenizer_model is needed to train from scratch; give the tokenizer that made the data.")
     tokenizer = load_tokenizer(tokenizer_path)
     if source is None:
-        architecture = _architecture_from(config.model, vocab_size=tokenizer.vocab_size, seq_length=config.batch.seq_length)
+        architecture = architecture_from(config.model, vocab_size=tokenizer.vocab_size, seq_length=config.batch.seq_length)
         return Start(
             path=None, saved_identity=None, iteration=0, architecture=architecture, tokenizer=tokenizer, tokenizer_path=tokenizer_path
         )
@@ -81,7 +81,8 @@ def find_start(config: PretrainConfig) -> Start:
     )
 
 
-def _architecture_from(options: ModelOptions, *, vocab_size: int, seq_length: int) -> Architecture:
+def architecture_from(options: ModelOptions, *, vocab_size: int, seq_length: int) -> Architecture:
+    """Return the model that the settings describe."""
     given = {name: getattr(options, name) for name in _DIMENSIONS}
     architecture = make_architecture(given, preset_name=options.preset, vocab_size=vocab_size, seq_length=seq_length)
     return _check_positions(architecture, seq_length)

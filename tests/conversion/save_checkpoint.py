@@ -11,7 +11,8 @@ import torch.distributed
 from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
-from megatron_instruct.models.checkpoint import iteration_folder, save_weights, write_latest
+from megatron_instruct.models.checkpoint import save_weights
+from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform import device
 from megatron_instruct.tokenizer import copy_tokenizer, load_tokenizer

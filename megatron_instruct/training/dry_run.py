@@ -1,0 +1,92 @@
+"""What a run would be, from its settings alone: model, layout of ranks, batches, memory of the weights. Does not know: torch, data."""
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.checkpoint_folder import latest_iteration
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.plan import BatchPlan, plan_batches, plan_layout
+from megatron_instruct.training.start import architecture_from, find_start
+
+_GIB = 1 << 30
+
+
+def describe(config: PretrainConfig) -> str:
+    """Return the description, for a person to read. Raises what the run itself would raise for these settings."""
+    architecture, origin = _architecture(config)
+    layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
+    plan = plan_batches(config, layout)
+    lines = [
+        *_model_lines(architecture, origin, seq_length=config.batch.seq_length),
+        *_batch_lines(config, plan),
+        *_layout_lines(architecture, layout),
+        *_memory_lines(config, architecture, layout),
+        "A dry run: no data, checkpoint or device was touched.",
+    ]
+    return "\n".join(lines)
+
+
+def _architecture(config: PretrainConfig) -> tuple[Architecture, str]:
+    """Return the model, from a checkpoint where there is one, and where it is from."""
+    options, tokenizer = config.checkpoint, config.data.tokenizer_model
+    if any(folder is not None and latest_iteration(folder) is not None for folder in (options.save, options.load)):
+        start = find_start(config)
+        return start.architecture, f"as in {start.path}"
+    if tokenizer is not None and tokenizer.exists():
+        vocab_size = load_tokenizer(tokenizer).vocab_size
+    elif config.dry.vocab_size is not None:
+        vocab_size = config.dry.vocab_size
+    else:
+        raise ConfigError(f"the size of the vocabulary is not known: tokenizer_model={tokenizer} is not there; give vocab_size.")
+    origin = "from scratch" if options.load is None else f"weights from {options.load}, which is not there yet"
+    return architecture_from(config.model, vocab_size=vocab_size, seq_length=config.batch.seq_length), origin
+
+
+def _model_lines(architecture: Architecture, origin: str, *, seq_length: int) -> list[str]:
+    return [
+        f"Model: {architecture.num_parameters / 1e9:,.3f} billion parameters ({architecture.family}), {origin}",
+        f"  {architecture.num_layers} layers, hidden size {architecture.hidden_size:,}, feed-forward {architecture.ffn_hidden_size:,}, "
+        f"{architecture.num_attention_heads} heads of {architecture.kv_channels} over {architecture.num_query_groups} key/value heads, "
+        f"vocabulary {architecture.vocab_size:,}",
+        f"  {architecture.flops_per_token(seq_length) / 1e9:,.2f} GFLOP a token, forward and backward",
+    ]
+
+
+def _batch_lines(config: PretrainConfig, plan: BatchPlan) -> list[str]:
+    tokens = plan.global_batch_size * config.batch.seq_length
+    return [
+        f"Batch: {plan.global_batch_size:,} sequences of {config.batch.seq_length:,} = {tokens:,} tokens a step, "
+        f"{plan.num_microbatches:,} microbatches of {plan.micro_batch_size} on each replica",
+        f"  {plan.train_iters:,} steps = {plan.train_iters * tokens / 1e9:,.2f} billion tokens",
+    ]
+
+
+def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[str]:
+    lines = [f"Layout: {layout.world_size:,} processes = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"]
+    ranks_of_stage = layout.tensor * layout.data
+    first_layer = 0
+    for stage in range(layout.pipeline):
+        layers = layout.layers_of_stage(architecture, stage)
+        if layout.virtual_pipeline is None:
+            held = f"layers {first_layer} to {first_layer + layers - 1}"
+        else:
+            held = f"{layers} layers in {layout.virtual_pipeline} chunks"
+        first_layer += layers
+        first, last = stage * ranks_of_stage, (stage + 1) * ranks_of_stage - 1
+        parts = [held, *(["embedding"] if stage == 0 else []), *(["output layer"] if stage == layout.pipeline - 1 else [])]
+        groups = f"tensor groups {first}-{first + layout.tensor - 1}, …" if layout.tensor > 1 else "one replica each"
+        lines.append(f"  stage {stage}: {', '.join(parts)}; ranks {first} to {last}, {groups}")
+    return lines
+
+
+def _memory_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
+    """Bytes a parameter: bf16 2 and its fp32 copy 4, or fp32 4; gradient 4 (fp32); the two moments of AdamW 8."""
+    mixed, sharded = config.parallel.bf16, config.parallel.use_distributed_optimizer
+    copies = layout.data if sharded else 1
+    largest = max(layout.parameters_of_stage(architecture, stage) for stage in range(layout.pipeline)) / layout.tensor
+    weights, gradients, optimizer = (largest * size for size in ((2 if mixed else 4), 4, (12 if mixed else 8) / copies))
+    return [
+        f"Memory of the fullest rank, without activations: {(weights + gradients + optimizer) / _GIB:,.1f} GiB = weights "
+        f"{weights / _GIB:,.1f} + gradients {gradients / _GIB:,.1f} + optimizer {optimizer / _GIB:,.1f}"
+    ]
