@@ -1,29 +1,31 @@
-"""One part of the corpus -> a folder with its tokens. The work of one worker process.
+"""One part of the corpus -> a folder with its tokens (see part_files.py), whole or absent. The work of one worker process.
 
-Comes in: a `Part`. Goes out: a folder, whole or absent: KEY.bin (tokens) and KEY.lengths (int32, tokens per document) for each
-JSON key, rejects.jsonl, and summary.json. Does not know: other parts, other workers.
+Does not know: other parts, other workers.
 """
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_instruct.corpora.parts import Part, read_part
-from megatron_instruct.corpora.read import BrokenRecord, Record, raw_text
+from megatron_instruct.corpora.parts import Part
+from megatron_instruct.corpora.read import BrokenRecord
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_folder, read_json, write_json
+from megatron_instruct.files import atomic_folder, write_json
+from megatron_instruct.preprocessing.blocks import Block, BlockReader
+from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions
 from megatron_instruct.preprocessing.indexed_dataset import token_dtype
+from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
+from megatron_instruct.preprocessing.part_writer import PartWriter
+from megatron_instruct.preprocessing.sentences import sentence_splitter
+from megatron_instruct.preprocessing.tokens import encode_texts, end_documents, keep_documents, split_long
 from megatron_instruct.tokenizer import Tokenizer
 
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 19
-SUMMARY, REJECTS = "summary.json", "rejects.jsonl"
+_TOO_SHORT, _TOO_LONG = "too short", "too long"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,153 +34,78 @@ class EncodeOptions:
 
     json_keys: tuple[str, ...]
     append_eod: bool
+    split_sentences: str | None
+    """Language to split sentences of; None: a document is one sequence."""
+    min_document_tokens: int | None
+    max_document_tokens: int | None
+    long_documents: Literal["split", "reject"]
+    render: RenderOptions
     on_error: Literal["stop", "reject"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartSummary:
-    """What a finished part says of itself. documents_in = documents + the sum of rejected."""
+class PartEncoder:
+    """Encodes one part after another."""
 
-    documents_in: int
-    documents: int
-    tokens: dict[str, int]
-    """By JSON key."""
-    rejected: dict[str, int]
-    """By reason."""
-
-
-def encode_part(part: Part, folder: Path, tokenizer: Tokenizer, options: EncodeOptions, report: Callable[[int], None]) -> PartSummary:
-    """Encode `part` into `folder`, which must not exist. report: called with the number of documents done since the last call.
-
-    Raises InputError with file and line for what cannot be read or encoded, unless options.on_error is "reject".
-    """
-    with atomic_folder(folder) as unfinished:
-        with ExitStack() as stack:
-            writer = _Writer(
-                bins={key: stack.enter_context(open(unfinished / bin_name(key), "wb")) for key in options.json_keys},
-                lengths={key: stack.enter_context(open(unfinished / lengths_name(key), "wb")) for key in options.json_keys},
-                rejects=stack.enter_context(open(unfinished / REJECTS, "w", encoding="utf-8")),
-                tokenizer=tokenizer,
-                options=options,
-            )
-            for batch in _batches(_texts(item, options.json_keys) for item in read_part(part)):
-                writer.write(batch)
-                report(len(batch))
-        summary = writer.summary()
-        write_json(unfinished / SUMMARY, asdict(summary))
-    return summary
-
-
-def read_summary(folder: Path) -> PartSummary | None:
-    """Return what the part in `folder` says of itself, or None when it is not finished."""
-    return PartSummary(**read_json(folder / SUMMARY)) if (folder / SUMMARY).is_file() else None
-
-
-def bin_name(key: str) -> str:
-    return f"{key}.bin"
-
-
-def lengths_name(key: str) -> str:
-    return f"{key}.lengths"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Texts:
-    record: Record
-    texts: tuple[str, ...]
-    """One for each JSON key."""
-
-
-def _texts(item: Record | BrokenRecord, keys: tuple[str, ...]) -> _Texts | BrokenRecord:
-    if isinstance(item, BrokenRecord):
-        return item
-    texts = []
-    for key in keys:
-        text = raw_text(item, text_key=key)
-        if isinstance(text, BrokenRecord):
-            return text
-        texts.append(text.text)
-    return _Texts(record=item, texts=tuple(texts))
-
-
-def _batches(items: Iterable[_Texts | BrokenRecord]) -> Iterator[list[_Texts | BrokenRecord]]:
-    batch: list[_Texts | BrokenRecord] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += sum(map(len, item.texts)) if isinstance(item, _Texts) else 0
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _Writer:
-    """Encodes into the open files of one part, and counts. Everything is written in the order of the input."""
-
-    def __init__(
-        self,
-        *,
-        bins: Mapping[str, IO[bytes]],
-        lengths: Mapping[str, IO[bytes]],
-        rejects: IO[str],
-        tokenizer: Tokenizer,
-        options: EncodeOptions,
-    ) -> None:
-        self._bins, self._lengths, self._rejects = bins, lengths, rejects
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
         self._tokenizer, self._options = tokenizer, options
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._documents = 0
-        self._tokens: Counter[str] = Counter()
-        self._rejected: Counter[str] = Counter()
+        self._reader = BlockReader(options.json_keys, DocumentMaker(options.json_keys, options.render))
+        self._split = sentence_splitter(options.split_sentences) if options.split_sentences is not None else None
 
-    def write(self, batch: list[_Texts | BrokenRecord]) -> None:
-        rows = [item for item in batch if isinstance(item, _Texts)]
-        columns = [self._tokenizer.encode_batch([row.texts[i] for row in rows]) for i in range(len(self._options.json_keys))]
-        encoded = iter(zip(*columns, strict=True))
-        kept: list[tuple[list[int], ...]] = []
-        for item in batch:
-            if isinstance(item, BrokenRecord):
-                self._reject(item)
-            elif all(ids := next(encoded)):
-                kept.append(ids)
-            else:
-                self._reject(_without_tokens(item.record))
-        self._documents += len(kept)
-        for i, key in enumerate(self._options.json_keys):
-            self._write_key(key, [ids[i] for ids in kept])
+    def encode(self, part: Part, folder: Path, report: Callable[[int], None]) -> PartSummary:
+        """Encode `part` into `folder`, which must not exist. report: called with the number of documents done since the last call.
 
-    def _write_key(self, key: str, documents: list[list[int]]) -> None:
-        if self._options.append_eod:
-            for ids in documents:
-                ids.append(self._tokenizer.eod)
-        self._bins[key].writelines(np.array(ids, dtype=self._dtype).tobytes() for ids in documents)
-        lengths = np.array([len(ids) for ids in documents], dtype="<i4")
-        self._lengths[key].write(lengths.tobytes())
-        self._tokens[key] += int(lengths.sum(dtype=np.int64))
+        Raises InputError with file and line for what cannot be read or encoded, unless options.on_error is "reject".
+        """
+        with atomic_folder(folder) as unfinished:
+            with ExitStack() as stack:
+                writer = PartWriter(
+                    unfinished,
+                    stack,
+                    json_keys=self._options.json_keys,
+                    dtype=token_dtype(self._tokenizer.vocab_size),
+                    with_sentences=self._split is not None,
+                    ended=self._options.append_eod,
+                )
+                for block in self._reader.blocks(part):
+                    self._encode_block(block, writer)
+                    report(len(block) + len(block.broken))
+            summary = writer.summary()
+            write_json(unfinished / SUMMARY, asdict(summary))
+        return summary
 
-    def _reject(self, broken: BrokenRecord) -> None:
-        """Set aside what cannot become a document, or stop, as on_error says."""
+    def _encode_block(self, block: Block, writer: PartWriter) -> None:
+        columns = [encode_texts(texts, block.spans, self._tokenizer, self._split) for texts in block.columns]
+        reasons = self._reasons([tokens.document_lengths() for tokens in columns])
+        rejected = [*block.broken, *(block.reject(place, *reason) for place, reason in reasons.items())]
         if self._options.on_error == "stop":
+            _stop_at_the_first_fault(rejected)
+        kept = np.ones(len(block), dtype=np.bool_)
+        kept[list(reasons)] = False
+        writer.count(block, kept, rejected)
+        for key, tokens in zip(self._options.json_keys, columns, strict=True):
+            tokens = keep_documents(tokens, kept)
+            if self._options.max_document_tokens is not None:
+                tokens = split_long(tokens, self._options.max_document_tokens) if self._split is None else tokens
+            writer.write(key, end_documents(tokens, self._tokenizer.eod) if self._options.append_eod else tokens)
+
+    def _reasons(self, lengths: Sequence[npt.NDArray[np.int64]]) -> dict[int, tuple[str, str]]:
+        """Return reason and detail for each document that is set aside, by its place. lengths: tokens per document, by key."""
+        least, most = np.minimum.reduce(lengths), np.maximum.reduce(lengths)
+        low, high = self._options.min_document_tokens, self._options.max_document_tokens
+        found: dict[int, tuple[str, str]] = {}
+        if high is not None and self._options.long_documents == "reject":
+            found |= {int(place): (_TOO_LONG, f"{most[place]} tokens, above {high}") for place in np.flatnonzero(most > high)}
+        if low is not None:
+            found |= {int(place): (_TOO_SHORT, f"{least[place]} tokens, below {low}") for place in np.flatnonzero(least < low)}
+        found |= {int(place): ("no tokens", "the tokenizer makes no token of the text") for place in np.flatnonzero(least == 0)}
+        return found
+
+
+def _stop_at_the_first_fault(rejected: Sequence[BrokenRecord]) -> None:
+    """Raise InputError that names it; a document that is too short or too long is no fault."""
+    for broken in sorted(rejected, key=lambda one: one.line):
+        if broken.reason not in (_TOO_SHORT, _TOO_LONG):
             raise InputError(
                 f"{broken.where}: {broken.reason}: {broken.detail}; "
                 "mend the file, or pass --on-error reject to set such documents aside in a rejects file."
             )
-        self._rejected[broken.reason] += 1
-        row = {"path": str(broken.path), "line": broken.line, "reason": broken.reason, "detail": broken.detail, "raw": broken.raw}
-        json.dump(row, self._rejects)
-        self._rejects.write("\n")
-
-    def summary(self) -> PartSummary:
-        return PartSummary(
-            documents_in=self._documents + self._rejected.total(),
-            documents=self._documents,
-            tokens={key: self._tokens[key] for key in self._options.json_keys},
-            rejected=dict(sorted(self._rejected.items())),
-        )
-
-
-def _without_tokens(record: Record) -> BrokenRecord:
-    detail = "the tokenizer makes no token of the text"
-    return BrokenRecord(path=record.path, line=record.line, reason="no tokens", detail=detail, raw=json.dumps(record.value, default=str))

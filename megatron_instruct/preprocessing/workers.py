@@ -4,21 +4,23 @@ Comes in: numbered parts. Goes out: one finished folder for each. A worker that 
 parent dies end at once, so that they never meet those of the next run. Does not know: what a part becomes afterwards.
 """
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import megatron_instruct
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.errors import InputError, MegatronInstructError
-from megatron_instruct.preprocessing.encode import EncodeOptions, encode_part
+from megatron_instruct.preprocessing.encode import EncodeOptions, PartEncoder
 from megatron_instruct.tokenizer import load_tokenizer
 
 
@@ -59,8 +61,10 @@ class _Failure:
 @dataclass
 class _Worker:
     number: int
-    process: SpawnProcess
+    process: "subprocess.Popen[bytes]"
     connection: "Connection[Any, Any]"
+    lifeline: int
+    """File descriptor that the worker sees closed when this process ends, however that happens."""
     part: Part | None = None
 
 
@@ -94,24 +98,22 @@ def _hand_out(worker: _Worker, waiting: list[_Work]) -> None:
 
 
 def _with_news(team: Iterable[_Worker]) -> list[_Worker]:
+    """Wait for workers that sent something, or whose end of the connection is closed."""
     busy = [worker for worker in team if worker.part]
-    ready = set(wait([thing for worker in busy for thing in (worker.connection, worker.process.sentinel)]))
-    return [worker for worker in busy if {worker.connection, worker.process.sentinel} & ready]
+    ready = wait([worker.connection for worker in busy])
+    return [worker for worker in busy if worker.connection in ready]
 
 
 def _receive(worker: _Worker) -> _Report | _Failure:
     try:
-        if worker.connection.poll():
-            message: _Report | _Failure = worker.connection.recv()
-            return message
+        message: _Report | _Failure = worker.connection.recv()
     except (EOFError, ConnectionResetError):
-        pass  # the other end is closed: the worker is gone, as below
-    raise _death_of(worker)
+        raise _death_of(worker) from None
+    return message
 
 
 def _death_of(worker: _Worker) -> MegatronInstructError:
-    worker.process.join()
-    code = worker.process.exitcode or 0
+    code = worker.process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     why = "the machine may have run out of memory: try fewer --workers" if code == -signal.SIGKILL else "its messages are above"
     return MegatronInstructError(
@@ -121,25 +123,38 @@ def _death_of(worker: _Worker) -> MegatronInstructError:
 
 
 @contextmanager
-def _started(count: int, setup: WorkerSetup) -> Any:
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks of the tokenizers library
+def _started(count: int, setup: WorkerSetup) -> Iterator[list[_Worker]]:
+    """Start workers as processes of their own, which load what they need and no more: not the tool that started them."""
     team: list[_Worker] = []
     try:
         for number in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, setup), name=f"preprocess-{number}", daemon=True)
-            with _interrupts_held():
-                process.start()
-            theirs.close()
-            team.append(_Worker(number, process, ours))
+            team.append(_start(number, setup))
         yield team
         for worker in team:
-            worker.process.join()
+            worker.process.wait()
     finally:
         for worker in team:
             worker.process.kill()
-            worker.process.join()
+            worker.process.wait()
             worker.connection.close()
+            os.close(worker.lifeline)
+
+
+def _start(number: int, setup: WorkerSetup) -> _Worker:
+    ours, theirs = Pipe()
+    watched, lifeline = os.pipe()
+    root = str(Path(megatron_instruct.__file__).resolve().parent.parent)
+    code = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import work; work({theirs.fileno()}, {watched})"
+    with _interrupts_held():
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched))
+    theirs.close()
+    os.close(watched)
+    worker = _Worker(number, process, ours, lifeline)
+    try:
+        ours.send(setup)
+    except BrokenPipeError:
+        raise _death_of(worker) from None
+    return worker
 
 
 @contextmanager
@@ -152,17 +167,17 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
+def work(connection_descriptor: int, lifeline: int) -> None:
     """A worker's life: one part after another until it is handed None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    work: _Work | None = None
+    connection: Connection[Any, Any] = Connection(connection_descriptor)
+    setup: WorkerSetup = connection.recv()
+    task: _Work | None = None
     try:
-        tokenizer = load_tokenizer(setup.tokenizer_path)
-        if tokenizer.fingerprint != setup.fingerprint:
-            raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
-        while (work := connection.recv()) is not None:
+        encoder = _encoder(setup)
+        while (task := connection.recv()) is not None:
             pending = 0
 
             def report(documents: int) -> None:
@@ -172,17 +187,22 @@ def _work(connection: "Connection[Any, Any]", setup: WorkerSetup) -> None:
                     connection.send(_Report(pending, finished=False))
                     pending = 0
 
-            encode_part(work.part, work.folder, tokenizer, setup.options, report)
+            encoder.encode(task.part, task.folder, report)
             connection.send(_Report(pending, finished=True))
     except MegatronInstructError as error:
         connection.send(_Failure(type(error), str(error)))
     except OSError as error:
-        where = f" while encoding {work.part} into {work.folder.parent}" if work is not None else ""
+        where = f" while encoding {task.part} into {task.folder.parent}" if task is not None else ""
         connection.send(_Failure(OSError, f"{error}{where}"))
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is always a child"
-    parent.join()
+def _encoder(setup: WorkerSetup) -> PartEncoder:
+    tokenizer = load_tokenizer(setup.tokenizer_path)
+    if tokenizer.fingerprint != setup.fingerprint:
+        raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
+    return PartEncoder(tokenizer, setup.options)
+
+
+def _end_with_parent(lifeline: int) -> None:
+    os.read(lifeline, 1)  # nothing is ever written: it returns when the parent is gone
     os._exit(1)

@@ -50,8 +50,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The worker processes of a run; multiprocessing's own helper process is none."""
-    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    return psutil.Process(process.pid).children()
 
 
 def lives(process: psutil.Process) -> bool:

@@ -1,0 +1,198 @@
+"""A part of the corpus -> blocks of documents, about a megabyte each, read with as little work per document as possible.
+
+Comes in: a `Part`. Goes out: blocks whose texts lie in one list for each JSON key, ready to be encoded together. Lines of a .jsonl file
+that hold nothing but plain or rendered documents are read by msgspec; what it refuses goes to the careful readers of corpora, one line
+at a time, which say what is wrong or accept it. So a line's fate depends on the line alone. Does not know: tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+from msgspec import UNSET
+
+from megatron_instruct.corpora.parts import Part, Slice, read_part
+from megatron_instruct.corpora.read import BrokenRecord, Record, json_lines
+from megatron_instruct.preprocessing.documents import Document, DocumentMaker, Spans, checked_spans
+from megatron_instruct.templates.rendering import Rendering
+
+BLOCK_BYTES = 1 << 20
+_BLOCK_DOCUMENTS = 1 << 14
+_NOT_DECODED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+@dataclass(slots=True)
+class Block:
+    """Documents in the order of the input, and the records between them that are none."""
+
+    path: Path
+    columns: tuple[list[str], ...]
+    """Texts of the documents, a list for each JSON key."""
+    numbers: list[int] = field(default_factory=list)
+    """Line, or row, of each document."""
+    raw: list[bytes | dict[str, Any]] = field(default_factory=list)
+    """Each document as it was read."""
+    spans: dict[int, Spans] = field(default_factory=dict)
+    """Roles of the documents that have them, by their place in the block."""
+    rendered: dict[int, Rendering] = field(default_factory=dict)
+    """How the documents that were rendered here came about, by their place in the block."""
+    broken: list[BrokenRecord] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.numbers)
+
+    def reject(self, place: int, reason: str, detail: str) -> BrokenRecord:
+        """Return one of the documents as a broken record."""
+        number, raw = self.numbers[place], self.raw[place]
+        if isinstance(raw, bytes):
+            return BrokenRecord(self.path, number, reason, detail, raw.decode("utf-8", "backslashreplace").rstrip("\r\n"))
+        return Record(self.path, number, raw).broken(reason, detail)
+
+    def add(self, item: Document | BrokenRecord, number: int, raw: bytes | dict[str, Any]) -> None:
+        if isinstance(item, BrokenRecord):
+            self.broken.append(item)
+            return
+        place = len(self.numbers)
+        for column, text in zip(self.columns, item.texts, strict=True):
+            column.append(text)
+        self.numbers.append(number)
+        self.raw.append(raw)
+        if item.spans is not None:
+            self.spans[place] = item.spans
+        if item.rendering is not None:
+            self.rendered[place] = item.rendering
+
+
+class BlockReader:
+    """Reads parts into blocks."""
+
+    def __init__(self, json_keys: tuple[str, ...], maker: DocumentMaker) -> None:
+        self._keys, self._maker = json_keys, maker
+        self._names = [f"text_{place}" for place in range(len(json_keys))]
+        self._decode = _row_decoder(dict(zip(self._names, json_keys, strict=True)))
+
+    def blocks(self, part: Part) -> Iterator[Block]:
+        """Yield the documents of a part in order."""
+        for piece in part.slices:
+            if piece.path.suffix == ".jsonl" and piece.end > piece.start:
+                yield from self._fast(piece)
+            else:
+                yield from self._careful(read_part(Part(slices=(piece,))))
+
+    def _fast(self, piece: Slice) -> Iterator[Block]:
+        number, found = piece.first_line, False
+        with open(piece.path, "rb") as stream:
+            stream.seek(piece.start)
+            for content in _line_blocks(stream, piece.end - piece.start):
+                lines = content.split(b"\n")
+                if not lines[-1]:
+                    lines.pop()
+                block = self._decoded(lines, piece.path, number) if _is_clean(content) else None
+                block = block or self._line_by_line(lines, piece.path, number)
+                found = found or len(block) + len(block.broken) > 0
+                number += len(lines)
+                yield block
+        if piece.whole and not found:
+            yield from self._careful(read_part(Part(slices=(piece,))))  # a file of blank lines: let its reader say so
+
+    def _decoded(self, lines: list[bytes], path: Path, number: int) -> Block | None:
+        """Return the block when every line is a plain document, else None."""
+        if self._decode is None:
+            return None
+        try:
+            rows = list(map(self._decode, lines))
+        except _NOT_DECODED:
+            return None
+        columns = tuple([getattr(row, name) for row in rows] for name in self._names)
+        for column in columns:
+            if not all(column) or any(map(str.isspace, column)):
+                return None
+        if any(row.spans is not UNSET or row.shots is not UNSET for row in rows):
+            return None
+        return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
+
+    def _line_by_line(self, lines: Iterable[bytes], path: Path, first: int) -> Block:
+        block = self._empty_block(path)
+        for number, line in enumerate(lines, first):
+            sound = _is_clean(line)
+            document = (self._plain(line) or self._augmented(line)) if sound else None
+            if document is not None:
+                block.add(document, number, line)
+                continue
+            for item in json_lines([line], path, first_line=number):
+                block.add(item if isinstance(item, BrokenRecord) else self._maker.document(item), number, line)
+        return block
+
+    def _plain(self, line: bytes) -> Document | None:
+        """Return the document of a line when it is a plain one and nothing is wrong with it."""
+        block = self._decoded([line], Path(), 0)
+        return Document(texts=tuple(texts[0] for texts in block.columns)) if block is not None else None
+
+    def _augmented(self, line: bytes) -> Document | None:
+        """Return the document of a line of render_templates.py, when nothing is wrong with it."""
+        if self._keys != ("text",):
+            return None
+        try:
+            row = _AUGMENTED.decode(line)
+        except _NOT_DECODED:
+            return None
+        spans = checked_spans(row.spans, row.text) if row.text.strip() else "no text"
+        return None if isinstance(spans, str) else Document(texts=(row.text,), spans=spans)
+
+    def _careful(self, items: Iterable[Record | BrokenRecord]) -> Iterator[Block]:
+        block, characters = None, 0
+        for item in items:
+            if block is None or block.path != item.path or characters >= BLOCK_BYTES // 2 or len(block) >= _BLOCK_DOCUMENTS:
+                if block is not None:
+                    yield block
+                block, characters = self._empty_block(item.path), 0
+            made = item if isinstance(item, BrokenRecord) else self._maker.document(item)
+            block.add(made, item.line, item.value if isinstance(item, Record) else {})
+            characters += 0 if isinstance(made, BrokenRecord) else sum(map(len, made.texts))
+        if block is not None:
+            yield block
+
+    def _empty_block(self, path: Path) -> Block:
+        return Block(path, tuple([] for _ in self._keys))
+
+
+class _Augmented(msgspec.Struct, gc=False):
+    """A line of augmented.jsonl, as far as it is needed."""
+
+    id: msgspec.Raw
+    text: str
+    spans: list[tuple[int, int, str]]
+    provenance: msgspec.Raw
+    shots: msgspec.UnsetType = UNSET  # an example is none of these
+
+
+_AUGMENTED = msgspec.json.Decoder(_Augmented)
+
+
+def _row_decoder(names: Mapping[str, str]) -> Callable[[bytes], Any] | None:
+    """Return the decoder of plain documents. names: JSON key of each field. None where only the careful readers will do."""
+    if {"spans", "shots"} & set(names.values()):
+        return None
+    fields: list[Any] = [(name, str) for name in names]
+    fields += [(mark, msgspec.Raw | msgspec.UnsetType, UNSET) for mark in ("spans", "shots")]  # these say that it may be no plain one
+    return msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=dict(names), gc=False)).decode
+
+
+def _line_blocks(stream: IO[bytes], left: int) -> Iterator[bytes]:
+    """Yield the next `left` bytes of a file in pieces that end where a line ends."""
+    while left > 0 and (content := stream.read(min(BLOCK_BYTES, left))):
+        if not content.endswith(b"\n"):
+            content += stream.readline()
+        left -= len(content)
+        yield content
+
+
+def _is_clean(content: bytes) -> bool:
+    """Whether all of it is UTF-8, which msgspec checks in what it returns only, and no text can hold a NUL."""
+    try:
+        return (content.isascii() or bool(content.decode())) and b"\\u0000" not in content
+    except UnicodeDecodeError:
+        return False

@@ -1,0 +1,133 @@
+"""A record of the corpus -> a document: its texts, and who says what in them.
+
+Comes in: an object of any corpus file. By its keys it is an example with pairs (rendered here), a rendered document (text and spans), or
+plain text. Goes out: a `Document`, or a `BrokenRecord` with the reason. Does not know: tokens, files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_instruct.corpora.read import BrokenRecord, Record, text_of
+from megatron_instruct.errors import InputError
+from megatron_instruct.files import sha256_of
+from megatron_instruct.records import ROLE_CODES, MShotExample, Role
+from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
+from megatron_instruct.templates.rendering import Rendering, render
+
+type Spans = Sequence[tuple[int, int, int]]
+"""Characters [start, end) of a text and the code of their role, in order, from 0 to the end without gap or overlap."""
+
+_EXAMPLE_KEYS = {"id", "shots"}
+_AUGMENTED_KEYS = {"id", "text", "spans", "provenance"}
+_TEXT_ONLY = ("text",)
+_ROLES: dict[str, int] = {role: ROLE_CODES[role] for role in get_args(Role)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One document of the data set."""
+
+    texts: tuple[str, ...]
+    """One for each JSON key."""
+    spans: Spans | None = None
+    """Roles of the only text; None where all of it is context."""
+    rendering: Rendering | None = None
+    """How it came about, where it was rendered here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """What decides how examples are rendered."""
+
+    seed: int
+    bank: Path
+    extension: Path | None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these options from others, without reading the bank's templates."""
+        files = [self.bank, *([self.extension] if self.extension is not None else [])]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"template bank {file}: no such file.")
+        return {"seed": self.seed, "bank": [sha256_of(file) for file in files]}
+
+
+def render_options(*, seed: int, language: str | None, bank: Path | None, extend_bank: Path | None) -> RenderOptions:
+    """Resolve the flags of rendering. A bank of the user's own is read at once, so that its faults are told before any work."""
+    options = RenderOptions(seed=seed, bank=bank or shipped_bank(language or "en"), extension=extend_bank)
+    if bank is not None or extend_bank is not None:
+        options.fingerprint()
+        load_bank(options.bank, extension=options.extension)
+    return options
+
+
+class DocumentMaker:
+    """Makes documents of records. The bank is loaded when the first example is met."""
+
+    def __init__(self, json_keys: tuple[str, ...], options: RenderOptions) -> None:
+        self._keys, self._options = json_keys, options
+        self._bank: Bank | None = None
+
+    def document(self, record: Record) -> Document | BrokenRecord:
+        """Return the document that a record holds. Its roles count where "text" is the only key."""
+        value = record.value
+        is_example, is_augmented = value.keys() >= _EXAMPLE_KEYS, value.keys() >= _AUGMENTED_KEYS
+        if (is_example or is_augmented) and self._keys != _TEXT_ONLY:
+            what = "an example with pairs" if is_example else "a document with roles"
+            return record.broken("roles need --json-keys text", f"{what} has no other text than its own, and several keys no roles")
+        if is_example:
+            return self._rendered(record)
+        texts = self._texts(record)
+        if isinstance(texts, BrokenRecord) or not is_augmented:
+            return texts if isinstance(texts, BrokenRecord) else Document(texts=texts)
+        spans = checked_spans(value["spans"], texts[0])
+        return record.broken("broken spans", spans) if isinstance(spans, str) else Document(texts=texts, spans=spans)
+
+    def _texts(self, record: Record) -> tuple[str, ...] | BrokenRecord:
+        texts = []
+        for key in self._keys:
+            text = text_of(record, key)
+            if isinstance(text, BrokenRecord):
+                return text
+            texts.append(text)
+        return tuple(texts)
+
+    def _rendered(self, record: Record) -> Document | BrokenRecord:
+        if self._bank is None:
+            self._bank = load_bank(self._options.bank, extension=self._options.extension)
+        try:
+            rendering = render(MShotExample.from_json(record.value, where=record.where), self._bank, seed=self._options.seed)
+            for text in (rendering.document.text, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in rendering.set_aside)):
+                text.encode()
+        except InputError as error:
+            return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
+        except UnicodeEncodeError as error:
+            return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
+        document = rendering.document
+        spans = [(span.start, span.end, ROLE_CODES[span.role]) for span in document.spans]
+        return Document(texts=(document.text,), spans=spans, rendering=rendering)
+
+
+def checked_spans(spans: Any, text: str) -> Spans | str:
+    """Return the spans of a rendered document with the codes of their roles, or what is wrong with them."""
+    checked: list[tuple[int, int, int]] = []
+    end = 0
+    for span in spans if isinstance(spans, list) else [spans]:
+        match span:
+            case [int(start), int(stop), str(role)] if role in _ROLES and start == end < stop:
+                checked.append((start, stop, _ROLES[role]))
+                end = stop
+            case _:
+                return f"span {len(checked)} is {json.dumps(span)}; it must be [{end}, end, role]; roles: {', '.join(_ROLES)}"
+    return checked if end == len(text) else f"the spans end at {end}; the text has {len(text)} characters"
+
+
+def set_aside_rows(rendering: Rendering, path: Path, line: int) -> list[Mapping[str, Any]]:
+    """Return the rows of the rejects file for the pairs that no template could take; their document stays."""
+    return [
+        {"path": str(path), "line": line, "reason": f"pair: {one.reason}", "raw_text": one.raw_text_id, "pair": one.pair.to_json()}
+        for one in rendering.set_aside
+    ]
