@@ -21,6 +21,8 @@ class PairLayout:
     """Marker in front of the answer."""
     end: str
     """Marker that ends a pair."""
+    blank: str = " "
+    """Between a marker and what it is in front of."""
     separator: str = " "
     """Between a question and its answer."""
     before_end: str = " "
@@ -44,6 +46,8 @@ class Dropped:
     reason: str
     """Short and countable."""
     content: str
+    detail: str = ""
+    """What was measured, where the reason does not say it all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +105,10 @@ def _pair(chunk: str, layout: PairLayout) -> InstructionPair:
         rationale, found, answer = (part.strip() for part in answer.rpartition(layout.therefore))
         if not found:
             raise _NoPair("no answer after the rationale")
-        answer = answer.removeprefix(":").strip()
+        answer = answer.lstrip(":：,，").strip()
     if not question or not answer or rationale == "":
         raise _NoPair("empty question or answer")
-    return InstructionPair(question=question, answer=answer, kind=_kind(options, rationale), options=options, rationale=rationale)
+    return InstructionPair(question=question, answer=answer, kind=kind_of(options, rationale), options=options, rationale=rationale)
 
 
 def _two_parts(chunk: str, first: str, second: str) -> tuple[str, str]:
@@ -132,17 +136,29 @@ def _without_options(question: str, layout: PairLayout) -> tuple[str, tuple[str,
     return stem.strip(), tuple(line[2:].strip() for line in lines)
 
 
-def _kind(options: tuple[str, ...], rationale: str | None) -> PairKind:
+def kind_of(options: Sequence[str], rationale: str | None) -> PairKind:
+    """Return the kind of a pair that has these options and this rationale."""
     if options:
         return "options" if rationale is None else "options_chain_of_thought"
     return "free_form" if rationale is None else "chain_of_thought"
 
 
-def _written(pair: InstructionPair, layout: PairLayout) -> str:
-    question, answer = pair.question, pair.answer
+def written_question(pair: InstructionPair, layout: PairLayout, *, marker: bool = True) -> str:
+    """Write a question alone, with its options and its request to think, after its marker or without one."""
+    question = pair.question
     if pair.options:
         question += f"\n{layout.options}\n" + "\n".join(f"- {option}" for option in pair.options)
     if pair.rationale is not None:
         question += f"\n{layout.think}"
-        answer = f"{pair.rationale}\n{layout.therefore} {answer}"
-    return f"{layout.question} {question}{layout.separator}{layout.answer} {answer}{layout.before_end}{layout.end}"
+    return f"{layout.question}{layout.blank}{question}" if marker else question
+
+
+def read_answer(text: str, layout: PairLayout) -> str:
+    """Return the answer at the beginning of a completion that a question alone was answered with; after a rationale, where there is one."""
+    answer = text.partition(layout.end)[0].strip().removeprefix(layout.answer).strip()
+    return answer.rpartition(layout.therefore)[2].lstrip(":：,，").strip() if layout.therefore in answer else answer
+
+
+def _written(pair: InstructionPair, layout: PairLayout) -> str:
+    answer = pair.answer if pair.rationale is None else f"{pair.rationale}\n{layout.therefore}{layout.blank}{pair.answer}"
+    return f"{written_question(pair, layout)}{layout.separator}{layout.answer}{layout.blank}{answer}{layout.before_end}{layout.end}"

@@ -1,18 +1,20 @@
 """Texts and earlier examples -> the token ids of a prompt, and the history cut to what fits.
 
 The ids are made here and not by the engine, so that BOS is there exactly once per example and lengths are true. Texts cannot break a
-prompt: markers and special tokens that they spell are made harmless, and given back in what is parsed. Does not know: engines, chains.
+prompt: markers and special tokens that they spell are made harmless, and given back in what is parsed. Does not know: engines, chains, and
+how a chat template works (chat_prompts.py).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_instruct.errors import ConfigError, InputError, MissingPackageError
+from megatron_instruct.errors import ConfigError
 from megatron_instruct.records import InstructionPair, OneShotExample
+from megatron_instruct.synthesis.chat_template import ChatTemplate
 from megatron_instruct.synthesis.escaping import Escaping
-from megatron_instruct.synthesis.parsing import write_pairs
-from megatron_instruct.synthesis.prompt_format import PromptFormat
+from megatron_instruct.synthesis.parsing import write_pairs, written_question
+from megatron_instruct.synthesis.prompt_format import PromptFormat, fill
 from megatron_instruct.tokenizer import Tokenizer
 
 
@@ -24,6 +26,14 @@ class Prompts(Protocol):
 
     def encode(self, history: Sequence[OneShotExample], text: str) -> list[int]:
         """Return the ids of a prompt that shows `history`, oldest first, and asks for the pairs of `text`."""
+        ...
+
+    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
+        """Return the ids of a prompt that shows the text and asks for the answer to the pair's question alone."""
+        ...
+
+    def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
+        """Return the ids of a prompt that asks whether the pair is right about the text."""
         ...
 
 
@@ -53,7 +63,13 @@ class MarkerPrompts:
                 f"prompt_format={prompt_format.name} begins every example with BOS, and the tokenizer names no bos_token; "
                 "use the synthesizer's own tokenizer, or another format."
             )
-        self.escaping = Escaping(prompt_format.hide, where=f"prompt format {prompt_format.name}")
+        self.escaping = Escaping(prompt_format.markers)
+        for marker in prompt_format.markers:
+            if len(marker) > 1 and tokenizer.encode(self.escaping.hide(marker)) == tokenizer.encode(marker):
+                raise ConfigError(
+                    f"prompt_format={prompt_format.name}: the tokenizer drops the invisible character that makes {marker!r} harmless in a "
+                    "text; use another tokenizer or other markers."
+                )
         self._format, self._tokenizer, self._bos = prompt_format, tokenizer, tokenizer.bos
 
     def encode(self, history: Sequence[OneShotExample], text: str) -> list[int]:
@@ -63,40 +79,52 @@ class MarkerPrompts:
             ids += [self._bos, *self._tokenizer.encode(self._text(shot.text) + pairs), self._tokenizer.eod]
         return [*ids, self._bos, *self._tokenizer.encode(self._text(text))]
 
+    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
+        question = written_question(_hidden([pair], self.escaping)[0], self._format.pair)
+        return [self._bos, *self._tokenizer.encode(f"{self._text(text)}{question}{self._format.pair.separator}{self._format.pair.answer}")]
+
+    def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
+        raise ConfigError(f"filters: judge asks an instruct model, and prompt_format={self._format.name} is not for one; leave it out.")
+
     def _text(self, text: str) -> str:
-        return self._format.text.replace("{text}", self.escaping.hide(text))
+        return fill(self._format.text, text=self.escaping.hide(text))
 
 
 class ChatPrompts:
     """Turns of the model's own chat template: a text is the user's, its pairs are the assistant's."""
 
     def __init__(self, prompt_format: PromptFormat, folder: Path) -> None:
-        try:
-            import transformers
-        except ImportError as error:
-            raise MissingPackageError("transformers", extra="synthesis", purpose="a chat prompt format") from error
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
-        if not self._tokenizer.chat_template:
-            raise ConfigError(f"{folder} has no chat template; use the format instruction-synthesizer, or an instruct model's folder.")
-        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        self.escaping = Escaping([*special, *self._tokenizer.all_special_tokens, *prompt_format.hide], where=f"tokenizer {folder}")
-        self._format = prompt_format
+        self._format, self._template = prompt_format, ChatTemplate(folder, prompt_format.template_arguments)
+        self.escaping = Escaping([*self._template.markers, *prompt_format.markers])
 
     def encode(self, history: Sequence[OneShotExample], text: str) -> list[int]:
-        messages = [{"role": "system", "content": self._format.system}] if self._format.system else []
+        turns: list[str] = []
         for shot in (*self._format.examples, *history):
             pairs = write_pairs(_hidden(shot.pairs, self.escaping), self._format.pair)
-            messages += [self._request(shot.text), {"role": "assistant", "content": pairs}]
-        messages.append(self._request(text))
-        prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids
+            turns += [self._request(shot.text), pairs]
+        return self._template.encode(self._format.system, [*turns, self._request(text)])
 
-    def _request(self, text: str) -> dict[str, str]:
-        return {"role": "user", "content": self._format.request.replace("{text}", self.escaping.hide(text))}
+    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
+        hidden = _hidden([pair], self.escaping)[0]
+        question = written_question(hidden, self._format.pair, marker=False)
+        request = fill(self._needed(self._format.second_answer, "second_answer"), text=self.escaping.hide(text), question=question)
+        return self._template.encode("", [request])
+
+    def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
+        hidden = _hidden([pair], self.escaping)[0]
+        question = written_question(hidden, self._format.pair, marker=False)
+        answer = hidden.answer if hidden.rationale is None else f"{hidden.rationale}\n{hidden.answer}"
+        request = "" if self._format.judge is None else self._format.judge.request
+        values = {"text": self.escaping.hide(text), "question": question, "answer": answer}
+        return self._template.encode("", [fill(self._needed(request, "judge"), **values)])
+
+    def _needed(self, request: str, name: str) -> str:
+        if not request:
+            raise ConfigError(f"filters: {name} needs the key {name!r} in the prompt format {self._format.name}; add it, or leave it out.")
+        return request
+
+    def _request(self, text: str) -> str:
+        return fill(self._format.request, text=self.escaping.hide(text))
 
 
 def restored(pair: InstructionPair, escaping: Escaping, **provenance: Any) -> InstructionPair:

@@ -54,7 +54,7 @@ def _form(layout: PairLayout, structure: Structure) -> str:
     for number in range(structure.pairs):
         question = structure.questions[min(number, len(structure.questions) - 1)]
         pairs.append(
-            f"{_quoted(layout.question + ' ')}({question}){_quoted(layout.separator + layout.answer + ' ')}({structure.answer})"
+            f"{_quoted(layout.question + layout.blank)}({question}){_quoted(layout.separator + layout.answer + layout.blank)}({structure.answer})"
             f"{_quoted(layout.before_end + layout.end)}"
         )
     return f"start: /{_regex(_quoted(layout.between).join(pairs))}/\n"
@@ -72,7 +72,7 @@ def _grammar(layout: PairLayout, structure: Structure, answers: Sequence[str]) -
     for number in range(len(answers)):
         rules.append(f"question_{number}: /{_regex(structure.questions[min(number, len(structure.questions) - 1)])}/")
         pairs.append(
-            f"{_literal(layout.question + ' ')} question_{number} {_literal(layout.separator + layout.answer + ' ')} answer_{number} "
+            f"{_literal(layout.question + layout.blank)} question_{number} {_literal(layout.separator + layout.answer + layout.blank)} answer_{number} "
             f"{_literal(layout.before_end + layout.end)}"
         )
     between = f" {_literal(layout.between)} " if layout.between else " "

@@ -107,14 +107,19 @@ class Node:
         return kinds[type(self.node)]
 
 
-def read_yaml(path: Path) -> Node:
-    """Return the root of a YAML file; no object is built from it, so no tag in it can do anything."""
+def read_yaml(path: Path, what: str = "a template bank") -> Node:
+    """Return the root of a YAML file; no object is built from it, so no tag in it can do anything.
+
+    what: the file should hold, for the error about an empty one.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise InputError(f"{where} is not valid YAML: {error}") from error
     if root is None:
-        raise InputError(f"{path} is empty; a template bank is needed.")
+        raise InputError(f"{path} is empty; {what} is needed.")
     return Node(path, root)

@@ -99,13 +99,23 @@ def test_nothing_visible_of_a_completion_is_lost(completion: str) -> None:
     assert seen.count("word") == completion.count("word")
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_markers_that_overlap_or_hold_each_other_are_hidden_too(data: st.DataObject) -> None:
+    letters = st.text(alphabet="ab<", min_size=2, max_size=4)
+    marks, text = data.draw(st.lists(letters, max_size=4)), data.draw(st.text(alphabet="ab<\u2060", max_size=14))
+    hidden = Escaping(marks).hide(text)
+    assert not any(mark in hidden for mark in marks)
+    assert Escaping(marks).restore(hidden) == text
+
+
 MARKS = ["<CON>", "</CON>", "<QUE>", "<ANS>", "</END>"]
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([*MARKS, "<", "QUE>", "\u2060", "text", " "]), max_size=30).map("".join))
 def test_hidden_texts_hold_no_marker_and_are_given_back(text: str) -> None:
-    escaping = Escaping(MARKS, where="test")
+    escaping = Escaping(MARKS)
     hidden = escaping.hide(text)
     assert not any(mark in hidden for mark in MARKS)
     assert escaping.restore(hidden) == text

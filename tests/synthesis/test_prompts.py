@@ -1,17 +1,17 @@
 """Prompt formats and prompts: BOS once, exact blanks, true lengths, texts that cannot break them; sentences and grammars made of texts."""
 
-import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.records import InstructionPair, OneShotExample
-from megatron_instruct.synthesis.prompt_format import load_prompt_format
+from megatron_instruct.errors import InputError
+from megatron_instruct.records import InstructionPair, OneShotExample, PairKind
+from megatron_instruct.synthesis.prompt_format import FORMATS, load_prompt_format
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.sentences import split_sentences, split_to_fit, statements
 from megatron_instruct.synthesis.structured import NoStatementError, divide, grammar_of
@@ -57,41 +57,83 @@ def test_a_chat_prompt_is_that_of_the_models_template(smollm2_folder: Path) -> N
     assert prompts.escaping.restore(turns[-2]).count(text) == 1
 
 
-@pytest.mark.parametrize("name", ["instruction-synthesizer", "chat", "chat-extractive"])
+@pytest.mark.parametrize("name", ["instruction-synthesizer", "chat", "chat-zh", "chat-extractive"])
 def test_the_formats_that_are_shipped_load(name: str) -> None:
     assert load_prompt_format(name).name == name
 
 
-BAD_FORMATS: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "prose"}, "kind='prose' is none of markers, chat"),
-    ({"text": "no place"}, "must hold {text} exactly once"),
-    ({"colour": 1}, "unknown key 'colour'"),
-    ({"pair": {"question": "Q", "answer": "A"}}, "the key 'end' is missing"),
-    ({"pair": {"question": "Q", "answer": "Q", "end": "E"}}, "three different markers"),
-    ({"pair": {"question": "Q", "answer": 3, "end": "E"}}, "answer=3 must be of type str"),
-    ({"structure": {"pairs": "two"}}, "pairs='two' must be of type int"),
-    ({"structured_output": "json"}, "is none of none, form, extractive"),
-    ({"examples": [{"text": "t", "pairs": [{"question": "A [Q]?", "answer": "a"}]}]}, "do not come back"),
+@pytest.mark.parametrize("name", ["chat", "chat-zh"])
+def test_a_chat_format_asks_for_all_four_kinds_and_shows_them(name: str) -> None:
+    format_ = load_prompt_format(name)
+    assert {pair.kind for example in format_.examples for pair in example.pairs} == set(get_args(PairKind))
+    assert all(phrase in format_.request for phrase in (format_.pair.options, format_.pair.think, format_.pair.therefore))
+    assert all(marker in format_.request for marker in (format_.pair.question, format_.pair.answer))
+
+
+def test_the_two_languages_of_the_chat_format_have_the_same_keys() -> None:
+    english, chinese = (yaml.safe_load((FORMATS / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("chat", "chat-zh"))
+    assert english.keys() == chinese.keys()
+    shapes = [[[sorted(pair) for pair in example["pairs"]] for example in format_["examples"]] for format_ in (english, chinese)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_flag_takes_the_place_of_the_structured_output_that_a_file_names() -> None:
+    assert load_prompt_format("chat", "form").structured_output == "form"
+    assert load_prompt_format("chat-extractive").structured_output == "extractive"
+    assert load_prompt_format("chat-extractive", "none").structured_output == "none"
+
+
+def text_of_a_format(**changes: str) -> str:
+    lines = {"kind": "markers", "language": "en", "text": '"{text}"', "pair": '{question: "[Q]", answer: "[A]", end: "[E]"}', **changes}
+    return "".join(f"{key}: {value}\n" for key, value in lines.items() if value)
+
+
+BAD_FORMATS: list[tuple[dict[str, str], int, str]] = [
+    ({"kind": "prose"}, 1, "'prose' is none of markers, chat"),
+    ({"text": "no place"}, 3, "text='no place' must hold {text} exactly once"),
+    ({"text": '"{text} {answer}"'}, 3, "holds {answer}, which it has no value for"),
+    ({"language": ""}, 1, "'language' missing"),
+    ({"colour": "1"}, 5, "unknown name 'colour'"),
+    ({"pair": '{question: "Q", answer: "A"}'}, 4, "'end' missing"),
+    ({"pair": '{question: "Q", answer: "Q", end: "E"}'}, 4, "three different markers"),
+    ({"pair": '{question: "Q", answer: "QA", end: "E"}'}, 4, "holds the marker 'Q'"),
+    ({"pair": '{question: "Q", answer: 3, end: "E"}'}, 4, "'3' is no text for YAML"),
+    ({"pair": '{question: "Q", answer: "A", end: "E", complete_at_stop: "on"}'}, 4, "true or false is needed here, not 'on'"),
+    ({"structure": "{pairs: two}"}, 5, "a whole number is needed here, not 'two'"),
+    ({"structure": "{questions: ['[a']}"}, 5, "is no regular expression"),
+    ({"structured_output": "json"}, 5, "'json' is none of none, form, extractive"),
+    ({"request": "Read {text}"}, 5, "'request' has no meaning where kind is markers"),
+    ({"kind": "chat", "text": "", "request": "Read it."}, 4, "request='Read it.' must hold {text} exactly once"),
+    (
+        {"kind": "chat", "text": "", "request": "'{text}'", "judge": "{request: '{text}{question}{answer}', keep: 'No', drop: 'Nobody'}"},
+        5,
+        "alike",
+    ),
+    (
+        {"kind": "chat", "text": "", "request": "'{text}'", "examples": "\n- text: t\n  pairs:\n  - {question: 'A [Q]?', answer: a}"},
+        8,
+        "this pair does not come back from the form that it is written in (not exactly one question and one answer)",
+    ),
+    ({"text": '"{text}'}, 4, "is not valid YAML"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BAD_FORMATS)
-def test_a_format_that_breaks_a_rule_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+@pytest.mark.parametrize(("change", "line", "message"), BAD_FORMATS)
+def test_a_format_that_breaks_a_rule_is_refused_with_file_and_line(tmp_path: Path, change: dict[str, str], line: int, message: str) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({"kind": "markers", "language": "en", "text": "{text}", "pair": pair, **change}))
-    with pytest.raises(ConfigError) as caught:
+    path.write_text(text_of_a_format(**change))
+    with pytest.raises(InputError) as caught:
         load_prompt_format(str(path))
     assert message in str(caught.value)
-    assert str(path) in str(caught.value)
+    assert re.match(rf"{re.escape(str(path))}:{line}[: ]", str(caught.value))
 
 
-def test_markers_that_overlap_are_refused(tmp_path: Path, synthesizer_folder: Path) -> None:
-    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+def test_markers_of_a_format_of_the_users_own_are_hidden_without_being_listed(tmp_path: Path, synthesizer_folder: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text(json.dumps({"kind": "markers", "language": "en", "text": "{text}", "hide": ["---"], "pair": pair}))
-    with pytest.raises(ConfigError, match="overlap"):
-        load_prompts(load_prompt_format(str(path)), load_tokenizer(synthesizer_folder), synthesizer_folder)
+    path.write_text(text_of_a_format(text='"[T] {text} [/T]"'))
+    prompts = load_prompts(load_prompt_format(str(path)), load_tokenizer(synthesizer_folder), synthesizer_folder)
+    decoded = load_tokenizer(synthesizer_folder).decode(prompts.encode([], "a [/T] [Q] b [A] c [E] [T]"))
+    assert [decoded.count(mark) for mark in ("[T]", "[/T]", "[Q]", "[A]", "[E]")] == [1, 1, 0, 0, 0]
 
 
 def test_a_missing_format_file_is_named() -> None:
