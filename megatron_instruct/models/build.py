@@ -57,6 +57,7 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -113,6 +114,7 @@ def make_transformer_config(
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "context_parallel_size": layout.context,
         "num_layers_in_last_pipeline_stage": layout.layers_in_last_stage,
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": dtype,

@@ -8,11 +8,13 @@ from megatron_instruct.models.architecture import Architecture
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Sizes of the parallel groups. Ranks are ordered as megatron-core orders them: tensor, then data, then pipeline."""
+    """Sizes of the parallel groups. Ranks are ordered as megatron-core orders them: tensor, then context, then data, then pipeline."""
 
     world_size: int = 1
     tensor: int = 1
     """Ranks that share each layer's matrices (TP)."""
+    context: int = 1
+    """Ranks that share each sequence (CP)."""
     pipeline: int = 1
     """Stages that share the layers (PP)."""
     virtual_pipeline: int | None = None
@@ -25,7 +27,7 @@ class ParallelLayout:
     @property
     def data(self) -> int:
         """Replicas of the model (DP)."""
-        return self.world_size // (self.tensor * self.pipeline)
+        return self.world_size // (self.tensor * self.context * self.pipeline)
 
     def layers_of_stage(self, architecture: Architecture, stage: int) -> int:
         """Return the number of layers of a pipeline stage, over all its chunks."""
@@ -47,13 +49,14 @@ class ParallelLayout:
 
     def check(self, architecture: Architecture) -> None:
         """Raise ConfigError for a layout that the model or the number of processes does not allow."""
-        model_ranks = self.tensor * self.pipeline
-        if self.tensor < 1 or self.pipeline < 1:
-            raise ConfigError(f"tensor={self.tensor}, pipeline={self.pipeline}: parallel sizes must be at least 1.")
+        model_ranks = self.tensor * self.context * self.pipeline
+        if min(self.tensor, self.context, self.pipeline) < 1:
+            raise ConfigError(f"tensor={self.tensor}, context={self.context}, pipeline={self.pipeline}: parallel sizes must be at least 1.")
         if self.world_size % model_ranks:
             raise ConfigError(
-                f"world_size={self.world_size} is not a multiple of tensor_model_parallel_size * pipeline_model_parallel_size "
-                f"= {self.tensor} * {self.pipeline} = {model_ranks}; start torchrun with --nproc-per-node {model_ranks} or a multiple."
+                f"world_size={self.world_size} is not a multiple of tensor_model_parallel_size * context_parallel_size * "
+                f"pipeline_model_parallel_size = {self.tensor} * {self.context} * {self.pipeline} = {model_ranks}; "
+                f"start torchrun with --nproc-per-node {model_ranks} or a multiple."
             )
         self._check_tensor(architecture)
         self._check_pipeline(architecture)

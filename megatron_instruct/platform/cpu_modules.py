@@ -6,11 +6,17 @@ Shapes: S sequence, B batch, H query heads, G key/value groups, D head size, C h
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 
 
 class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
-    """Causal core attention on torch's scaled_dot_product_attention, which never makes the S x S matrix of scores."""
+    """Causal core attention on torch's scaled_dot_product_attention, which never makes the S x S matrix of scores.
+
+    Under context parallelism a rank holds the S queries of its parts of the sequence, and gathers the keys and values of all.
+    """
 
     def __init__(
         self,
@@ -23,9 +29,12 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         super().__init__(config)
-        assert config.context_parallel_size == 1, "the layout is checked before"
+        self.context_parallel_size = config.context_parallel_size
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if has_window else None
+        """Tokens that a token attends to, itself included; None for all before it."""
 
     def forward(
         self,
@@ -36,7 +45,14 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         **_: Any,
     ) -> torch.Tensor:
         """Return [S, B, H * D]. attention_mask: [B or 1, 1, S, S], True where attention is forbidden; None for causal."""
+        if self.context_parallel_size > 1:
+            assert attention_mask is None, "the layout is checked before"
+            group = parallel_state.get_context_parallel_group()
+            key_SBGD, value_SBGD = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key_SBGD, value_SBGD))
+            attention_mask = _later_positions(query_SBHD.size(0), size=group.size(), rank=group.rank())
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key_SBGD, value_SBGD))
+        if self.window is not None and query.size(2) > self.window:
+            attention_mask = self._add_window(attention_mask, query.size(2), self.window)
         output_BHSD = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -48,6 +64,25 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
             enable_gqa=key.size(1) != query.size(1),
         )
         return output_BHSD.permute(2, 0, 1, 3).reshape(query_SBHD.size(0), query_SBHD.size(1), -1)
+
+    @staticmethod
+    def _add_window(attention_mask: torch.Tensor | None, sequence: int, window: int) -> torch.Tensor:
+        """Return where attention is forbidden: to later tokens, to tokens before the window, and where the mask says so."""
+        device = None if attention_mask is None else attention_mask.device
+        allowed_SS = torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril().triu(1 - window)
+        return ~allowed_SS[None, None] if attention_mask is None else attention_mask | ~allowed_SS
+
+
+def _later_positions(length: int, *, size: int, rank: int) -> torch.Tensor:
+    """Return [1, 1, S, S * size], True where a key comes after the query.
+
+    The sequence is cut into 2 * size parts; rank r holds part r and part 2 * size - 1 - r, so that all have as much to do
+    (megatron-core's get_batch_on_this_cp_rank).
+    """
+    part = length // 2
+    starts = [(r * part, (2 * size - 1 - r) * part) for r in range(size)]
+    positions = torch.stack([torch.cat([torch.arange(start, start + part) for start in pair]) for pair in starts])
+    return (positions.flatten()[None, :] > positions[rank][:, None])[None, None]
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -64,6 +64,8 @@ class ParallelOptions:
     """Processes that share each layer's matrices (TP)."""
     pipeline_model_parallel_size: int = 1
     """Stages that share the layers (PP)."""
+    context_parallel_size: int = 1
+    """Processes that share each sequence (CP)."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one model chunk, for the interleaved pipeline schedule."""
     decoder_last_pipeline_num_layers: int | None = None

@@ -63,8 +63,9 @@ def _batch_lines(config: PretrainConfig, plan: BatchPlan) -> list[str]:
 
 
 def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[str]:
-    lines = [f"Layout: {layout.world_size:,} processes = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"]
-    ranks_of_stage = layout.tensor * layout.data
+    sizes = f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data {layout.data}"
+    lines = [f"Layout: {layout.world_size:,} processes = {sizes}"]
+    ranks_of_stage = layout.world_size // layout.pipeline
     first_layer = 0
     for stage in range(layout.pipeline):
         layers = layout.layers_of_stage(architecture, stage)
@@ -83,7 +84,7 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
 def _memory_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
     """Bytes a parameter: bf16 2 and its fp32 copy 4, or fp32 4; gradient 4 (fp32); the two moments of AdamW 8."""
     mixed, sharded = config.parallel.bf16, config.parallel.use_distributed_optimizer
-    copies = layout.data if sharded else 1
+    copies = layout.data * layout.context if sharded else 1
     largest = max(layout.parameters_of_stage(architecture, stage) for stage in range(layout.pipeline)) / layout.tensor
     weights, gradients, optimizer = (largest * size for size in ((2 if mixed else 4), 4, (12 if mixed else 8) / copies))
     return [

@@ -46,6 +46,7 @@ def plan_layout(options: ParallelOptions, architecture: Architecture, *, process
     layout = ParallelLayout(
         world_size=processes or world_size(),
         tensor=options.tensor_model_parallel_size,
+        context=options.context_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,
         layers_in_last_stage=options.decoder_last_pipeline_num_layers,
@@ -84,8 +85,23 @@ def plan_batches(config: PretrainConfig, layout: ParallelLayout) -> BatchPlan:
             f"the interleaved schedule needs a number of microbatches ({plan.num_microbatches}) that is a multiple of "
             f"pipeline_model_parallel_size={layout.pipeline}; change global_batch_size or micro_batch_size."
         )
-    if layout.sequence_parallel and batch.seq_length % layout.tensor:
-        raise ConfigError(
-            f"seq_length={batch.seq_length} is not a multiple of tensor_model_parallel_size={layout.tensor}, as sequence_parallel needs."
-        )
+    _check_sequence(config, layout)
     return plan
+
+
+def _check_sequence(config: PretrainConfig, layout: ParallelLayout) -> None:
+    """Raise ConfigError for a sequence that cannot be divided over the ranks."""
+    length = config.batch.seq_length
+    parts = 2 * layout.context if layout.context > 1 else 1
+    if length % parts:
+        raise ConfigError(f"seq_length={length} is not a multiple of 2 * context_parallel_size = {parts}; change either.")
+    if layout.sequence_parallel and length // layout.context % layout.tensor:
+        raise ConfigError(
+            f"seq_length={length} over context_parallel_size={layout.context} is not a multiple of "
+            f"tensor_model_parallel_size={layout.tensor}, as sequence_parallel needs."
+        )
+    if layout.context > 1 and config.data.reset_attention_mask:
+        raise ConfigError(
+            f"reset_attention_mask=True does not go with context_parallel_size={layout.context}: documents would be cut "
+            "between ranks; drop either."
+        )

@@ -123,7 +123,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         origin = "from scratch" if start.path is None else f"{'resumes' if start.resumes else 'weights'} from {start.path}"
         print(
             f"{start.architecture.num_parameters / 1e6:,.1f}M parameters, {origin}, iteration {start.iteration} of {plan.train_iters}\n"
-            f"{layout.world_size} x {machine.kind}: tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}; "
+            f"{layout.world_size} x {machine.kind}: tensor {layout.tensor}, context {layout.context}, pipeline {layout.pipeline}, "
+            f"data {layout.data}; "
             f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} x {config.batch.seq_length} tokens",
             flush=True,
         )

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.training.documents import Batch, as_one_sequence, forbidden_attention
@@ -92,14 +93,14 @@ def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShap
         total += entry["loss and tokens"].to(torch.float64)
     # only the last pipeline stage has losses; the others add nothing
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if not total[1]:
         raise TrainingError("no token of the batch counts under role_weights; raise global_batch_size, or give another role a weight.")
     return float(total[0] / total[1])
 
 
 def _forward(data: Iterator[Batch], model: Any, *, shape: StepShape) -> tuple[torch.Tensor, Any]:
-    batch = next(data)
+    batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
     forbidden = packed = None
     if shape.document_end is not None and shape.packs:
         batch, packed = as_one_sequence(batch, shape.document_end)

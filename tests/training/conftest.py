@@ -113,6 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str
 
 
 TENSOR, PIPELINE = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+CONTEXT = ("--context-parallel-size", 2)
 SHARDED = ("--use-distributed-optimizer",)
 OVERLAPPED = (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather")
 INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1)
@@ -140,6 +141,7 @@ TWO: dict[str, tuple[object, ...]] = {
     "sequence parallel": SEQUENCE,
     "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
     "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
+    "context": CONTEXT,
     "data micro batch 1": ("--micro-batch-size", 1),
 }
 TWO_WITHIN: dict[str, tuple[object, ...]] = {
@@ -151,6 +153,7 @@ TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again distributed optimizer": ("distributed optimizer", SHARDED),
     "again overlapped": ("overlapped", OVERLAPPED),
     "again interleaved": ("interleaved", INTERLEAVED),
+    "again context": ("context", CONTEXT),
     "again sequence parallel": ("sequence parallel", SEQUENCE),
     "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
     "interleaved to data": ("interleaved", ()),

@@ -55,7 +55,7 @@ def whole(request: pytest.FixtureRequest, launch: Launch, tmp_path_factory: pyte
 
 def test_a_model_learns_in_bf16(whole: tuple[Path, str, tuple[object, ...]]) -> None:
     save, printed, _ = whole
-    assert printed.count(f"{PROCESSES} x cuda: tensor 1, pipeline 1, data {PROCESSES}") == 1
+    assert printed.count(f"{PROCESSES} x cuda: tensor 1, context 1, pipeline 1, data {PROCESSES}") == 1
     found = read_metrics(save)
     assert [row[0] for row in found.training] == list(range(1, ITERATIONS + 1))
     assert all(math.isfinite(value) for row in found.training for value in row)
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole: tuple[Path, str, tup
 @pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
 def test_two_tensor_ranks_train_the_model_of_one_process(launch: Launch, tmp_path: Path) -> None:
     printed = launch(2, tmp_path / "tensor", *TENSOR, "--sequence-parallel").stdout
-    assert "2 x cuda: tensor 2, pipeline 1, data 1" in printed
+    assert "2 x cuda: tensor 2, context 1, pipeline 1, data 1" in printed
     launch(1, tmp_path / "one")
     found, wanted = read_metrics(tmp_path / "tensor"), read_metrics(tmp_path / "one")
     assert found.training[0][1] == pytest.approx(wanted.training[0][1], abs=0.01)

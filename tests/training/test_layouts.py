@@ -8,9 +8,11 @@ import pytest
 from megatron_instruct.models.architecture import Architecture
 
 from .conftest import (
+    CONTEXT,
     FIRST_STEP_IDLE,
     ITERATIONS,
     PIPELINE,
+    SEQUENCE,
     SHARDED,
     TENSOR,
     TWO,
@@ -28,6 +30,8 @@ FOUR = {
     "tensor pipeline": (*TENSOR, *PIPELINE),
     "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
     "tensor distributed optimizer": (*TENSOR, *SHARDED),
+    "tensor context": (*SEQUENCE, *CONTEXT),
+    "pipeline context distributed optimizer": (*PIPELINE, *CONTEXT, *SHARDED),
     "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
 }
 
@@ -62,7 +66,7 @@ def test_two_processes_equal_one(name: str, one: dict[str, Path], two: dict[str,
     assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tensor pipeline", "pipeline distributed optimizer", "tensor distributed optimizer"])
+@pytest.mark.parametrize("name", [name for name in FOUR if not name.startswith("initial")])
 def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[str, Path]) -> None:
     assert_equal_runs(four[name], one["reference"], tolerance=1e-5)
 
