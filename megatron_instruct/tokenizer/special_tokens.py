@@ -4,7 +4,7 @@ Comes in: the files beside a tokenizer, its vocabulary. Goes out: names, ids. Do
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def generation_eos(folder: Path) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def eod_id(vocabulary: dict[str, int], token: str | None, source: Path) -> int:
+def eod_id(vocabulary: Mapping[str, int], token: str | None, source: Path) -> int:
     if token is None:
         raise ConfigError(f"{source} and its neighbours name no end-of-sequence token to put after documents; name one with eod_token.")
     if token not in vocabulary:
