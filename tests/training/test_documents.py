@@ -12,6 +12,8 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.records import ROLE_CODES
 from megatron_instruct.training.config import DataOptions
 
+from .conftest import ROOT, Runs, preprocess, read_metrics
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -130,3 +132,39 @@ def test_roles_are_asked_for_where_no_data_set_has_them(data: Path, tokenizer_fo
 
     with pytest.raises(InputError, match=r"needs data with roles, and none of .* has a \.roles file; preprocess examples"):
         find_sources(DataOptions(data_path=(str(data),), role_weights={"response": 1.0}), load_tokenizer(tokenizer_folder))
+
+
+@pytest.fixture(scope="module")
+def with_roles(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """The prefix of a data set rendered from real texts, each with a pair, on the way."""
+    folder = tmp_path_factory.mktemp("roles")
+    lines = (ROOT / "examples" / "quickstart" / "jargon.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+    entries = [json.loads(line) for line in lines]
+    rows = [{"id": one["id"], "shots": [{"id": one["id"], "text": one["text"], "pairs": [pair_about(one)]}]} for one in entries]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return preprocess(folder / "examples.jsonl", folder / "augmented", tokenizer_folder)
+
+
+def pair_about(entry: dict[str, str]) -> dict[str, str]:
+    return {"kind": "free_form", "question": f"What does the Jargon File say of {entry['title']}?", "answer": entry["text"][:100]}
+
+
+def test_training_weighs_the_roles_that_preprocessing_left(runs: Runs, with_roles: Path) -> None:
+    data = ("--data-path", with_roles, "--train-iters", 4, "--lr-decay-iters", 20)
+    roles = ("context", "instruction", "response", "glue", "end_of_document")
+    folders = runs(
+        1,
+        {
+            "plain": data,
+            "all one": (*data, "--role-weights", *(word for role in roles for word in (role, 1))),
+            "responses": (*data, "--role-weights", "response", 1),
+            "all but responses": (*data, "--role-weights", *(word for role in roles for word in (role, int(role != "response")))),
+        },
+        {},
+    )
+    first = {name: read_metrics(folder).training[0][1] for name, folder in folders.items()}
+    assert read_metrics(folders["all one"]) == read_metrics(folders["plain"])
+    assert min(first["responses"], first["all but responses"]) < first["plain"] < max(first["responses"], first["all but responses"])
+    share = (first["plain"] - first["all but responses"]) / (first["responses"] - first["all but responses"])
+    written = np.fromfile(f"{with_roles}.roles", dtype=np.uint8)
+    assert share == pytest.approx((written == ROLE_CODES["response"]).mean(), abs=0.1)
