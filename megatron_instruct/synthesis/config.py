@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.shares import parse_share
-from megatron_instruct.synthesis.filters import FilterSettings
+from megatron_instruct.synthesis.filter_settings import FilterSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,13 @@ class SynthesizeConfig:
     revision: str | None = None
     """Name of the synthesizer's version, kept with every pair (default: the beginning of its fingerprint)."""
     prompt_format: str = "instruction-synthesizer"
-    """Prompt format by name (instruction-synthesizer, chat, chat-extractive), or a .yaml file of your own."""
+    """Prompt format by name (instruction-synthesizer, chat, chat-zh, chat-extractive), or a .yaml file of your own."""
+    structured_output: Literal["none", "form", "extractive"] | None = None
+    """Force on completions: nothing, the form of the pairs, or moreover answers taken from the text (default: as the format says)."""
+    report: Path | None = None
+    """Page to look at, such as report.html: yield, reasons, rates, random examples (default: none)."""
+    report_examples: int = 20
+    """Random texts that the page shows."""
     text_key: str = "text"
     """JSON key of the text."""
     id_key: str = "id"
@@ -118,7 +124,17 @@ class SynthesizeConfig:
     def __post_init__(self) -> None:
         if not self.input:
             raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
-        for name in ("limit", "rounds", "max_new_tokens", "max_model_len", "shard_size", "failures_in_a_row", "in_flight", "replicas"):
+        for name in (
+            "limit",
+            "rounds",
+            "max_new_tokens",
+            "max_model_len",
+            "shard_size",
+            "failures_in_a_row",
+            "in_flight",
+            "replicas",
+            "report_examples",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1.")

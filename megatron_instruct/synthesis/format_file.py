@@ -34,7 +34,7 @@ def read_fields(node: Node, kind: type[Any], *, others: Mapping[str, Read] | Non
 def plain_value(node: Node) -> str | bool | int:
     """Return a text, a truth value or a whole number, whichever YAML takes it for."""
     tag = getattr(node.node, "tag", "")
-    return _plain(node, bool) if tag.endswith(":bool") else _plain(node, int) if tag.endswith(":int") else node.text()  # type: ignore[no-any-return]
+    return _plain(node, bool) if tag.endswith(":bool") else _plain(node, int) if tag.endswith(":int") else node.text()
 
 
 def _is_needed(field: "dataclasses.Field[Any]") -> bool:

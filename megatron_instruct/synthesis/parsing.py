@@ -66,8 +66,10 @@ def parse_pairs(completion: str, layout: PairLayout, *, stopped: bool) -> Parsed
     """Take the pairs out of a completion.
 
     stopped: the synthesizer ended by itself, rather than at the limit of new tokens.
-    Nothing is lost: every visible piece becomes a pair or is among the dropped.
+    Nothing is lost: every visible piece becomes a pair or is among the dropped, and where there is none, the completion is.
+    What is no Unicode, half of a surrogate pair, is replaced, since no file could hold it.
     """
+    completion = completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     *chunks, tail = completion.split(layout.end)
     pairs: list[InstructionPair] = []
     dropped: list[Dropped] = []
@@ -87,6 +89,8 @@ def parse_pairs(completion: str, layout: PairLayout, *, stopped: bool) -> Parsed
             dropped.append(Dropped(reason=str(reason), content=chunk.strip()))
     if tail.strip():
         dropped.append(Dropped(reason="incomplete pair", content=tail.strip()))
+    if not pairs and not dropped:
+        dropped.append(Dropped(reason="empty completion", content=completion))
     return Parsed(pairs=tuple(pairs), dropped=tuple(dropped))
 
 

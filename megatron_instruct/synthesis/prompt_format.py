@@ -128,7 +128,7 @@ def _prompt_format(node: Node, *, name: str, fingerprint: str) -> PromptFormat:
     format_ = PromptFormat(
         name=name, fingerprint=fingerprint, **read_fields(node, PromptFormat, others=others, left_out=("name", "fingerprint"))
     )
-    needed = {"text": ("text",)} if format_.kind == "markers" else {"request": ("text",)}
+    needed: dict[str, tuple[str, ...]] = {"text": ("text",)} if format_.kind == "markers" else {"request": ("text",)}
     if format_.second_answer:
         needed["second_answer"] = ("text", "question")
     entries = node.items()

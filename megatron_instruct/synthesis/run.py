@@ -18,24 +18,26 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_write, read_json, sha256_of, write_json
+from megatron_instruct.files import read_json, sha256_of, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import at_work, parse_share
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
+from megatron_instruct.synthesis.contamination import evaluation_files
 from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
 from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
+from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
 from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.schedule import Usage
+from megatron_instruct.synthesis.second_pass import load_checks
 from megatron_instruct.synthesis.shard import read_shard
 from megatron_instruct.synthesis.worker import INTAKE, Assignment, Report, ShardPlan
 from megatron_instruct.tokenizer import load_tokenizer
 
 STAGE = "synthesize"
-EXAMPLES, REJECTS = "examples.jsonl", "rejects.jsonl"
 _SERVED = "served"
 """Stands for the fingerprint of a model that only a server has."""
 
@@ -102,7 +104,7 @@ class _Job:
 
 
 def _resolve(config: SynthesizeConfig) -> _Job:
-    prompt_format = load_prompt_format(config.prompt_format)
+    prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
     files = find_files(config.input)
     model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config.model, what="model")
     settings = _settings(config, prompt_format, model)
@@ -117,7 +119,10 @@ def _is_only_named(config: SynthesizeConfig) -> bool:
 def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str) -> dict[str, Any]:
     """Return what decides the result."""
     names = ("text_key", "id_key", "limit", "rounds", "max_new_tokens", "max_model_len", "long_texts", "temperature", "repetition_penalty")
-    chosen = {name: getattr(config, name) for name in (*names, "seed", "dtype", "shard_size", "retries", "on_error", "engine")}
+    chosen = {
+        name: getattr(config, name)
+        for name in (*names, "seed", "dtype", "shard_size", "retries", "on_error", "engine", "structured_output")
+    }
     return {
         **chosen,
         "prompt_format": prompt_format.fingerprint,
@@ -125,7 +130,9 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
         "tokenizer": _fingerprint(config.tokenizer_folder, what="tokenizer"),
         "revision": config.revision or (_SERVED if _is_only_named(config) else model[:12]),
         "script": None if config.script is None else sha256_of(config.script) if config.script.is_file() else str(config.script),
-        **json.loads(json.dumps(asdict(config.filtering))),
+        **asdict(config.filtering),
+        "filters": list(config.filtering.names),
+        "decontaminate": [[file.name, sha256_of(file)] for file in evaluation_files(config.filtering.decontaminate)],
     }
 
 
@@ -161,6 +168,7 @@ def _take_up(job: _Job, *, alone: bool) -> None:
 def _take_in(job: _Job) -> IntakeSummary:
     config = job.config
     prompts = load_prompts(job.prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
+    load_checks(job.prompt_format, prompts, config.filtering, max_new_tokens=config.max_new_tokens)  # refused before anything is written
     fixed = fit(prompts, (), "", most=config.longest_prompt)
     if fixed is None:
         needed = len(prompts.encode((), ""))
@@ -214,32 +222,19 @@ class _Display:
 
 def _merge(job: _Job, shards: Sequence[Path], taken: IntakeSummary) -> Manifest:
     """Write the outputs in the order of the shards, and return the manifest with counts and fingerprints."""
-    counts, rejected = Counter({"texts": 0, "texts_with_pairs": 0, "pairs": 0}), Counter(taken.rejected)
-    for shard in shards:
-        summary = read_shard(shard)
-        assert summary is not None, "every shard is finished"
-        counts.update(summary.counts)
-        rejected.update(summary.rejected)
-    assert counts["texts"] == taken.texts, "every text that was taken in was asked about once"
     output_dir = job.config.output_dir
-    _concatenate([shard / EXAMPLES for shard in shards], output_dir / EXAMPLES)
-    _concatenate([job.folder / INTAKE / REJECTS, *(shard / REJECTS for shard in shards)], output_dir / REJECTS)
+    merged = merge_shards(shards, output_dir, intake=job.folder / INTAKE, scratch=job.folder, filtering=job.config.filtering)
+    assert merged.counts["texts"] == taken.texts, "every text that was taken in was asked about once"
+    rejected = Counter(taken.rejected) + merged.rejected
     return Manifest(
         stage=STAGE,
         settings=job.settings,
         inputs=job.inputs,
         outputs=records([output_dir / EXAMPLES, output_dir / REJECTS], relative_to=output_dir),
-        counts={"records_in": taken.records, "records_split": taken.split, **dict(sorted(counts.items()))},
+        counts={"records_in": taken.records, "records_split": taken.split, **dict(sorted(merged.counts.items()))},
         rejected=dict(sorted(rejected.items())),
         facts={"model": job.model, "prompt_format": job.prompt_format.name, "synthesizer": job.synthesizer},
     )
-
-
-def _concatenate(parts: Sequence[Path], target: Path) -> None:
-    with atomic_write(target, "wb") as out:
-        for part in parts:
-            with open(part, "rb") as stream:
-                shutil.copyfileobj(stream, out)
 
 
 def _print_summary(config: SynthesizeConfig, manifest: Manifest, *, seconds: float) -> None:

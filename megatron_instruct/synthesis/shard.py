@@ -7,21 +7,23 @@ requests are in a journal beside the folder. Does not know: other shards, the co
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_instruct.files import atomic_folder, read_json, write_json
-from megatron_instruct.records import MShotExample, OneShotExample, RawText
+from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample, RawText
 from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples
 from megatron_instruct.synthesis.engines.engine import Completion, Request
-from megatron_instruct.synthesis.filters import FilterSettings, keep
+from megatron_instruct.synthesis.filter_rules import Drop
+from megatron_instruct.synthesis.filters import Filters, dropped_pair
 from megatron_instruct.synthesis.journal import Journal
-from megatron_instruct.synthesis.parsing import parse_pairs
+from megatron_instruct.synthesis.parsing import Dropped, parse_pairs
 from megatron_instruct.synthesis.prompt_format import PromptFormat
 from megatron_instruct.synthesis.prompts import Prompts, fit, restored
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
 from megatron_instruct.synthesis.schedule import Steps
+from megatron_instruct.synthesis.second_pass import Check
 from megatron_instruct.synthesis.structured import NoStatementError, grammar_of
 
 SUMMARY, TIMING = "summary.json", "timing.json"
@@ -33,7 +35,9 @@ class Asking:
 
     prompt_format: PromptFormat
     prompts: Prompts
-    filtering: FilterSettings
+    filters: Filters
+    checks: tuple[Check, ...]
+    """Filters that ask the engine again, in their order."""
     synthesizer: str
     """Name and revision of the model, kept with every pair."""
     max_new_tokens: int
@@ -81,6 +85,10 @@ class OpenShard:
     def _write(self, results: Sequence[ColumnResult]) -> None:
         rejected = Counter(reject.reason for result in results for reject in result.rejects)
         counts = sum((result.counts for result in results), Counter[str]())
+        dropped = sum(reject.where in ("completion", "filter") for result in results for reject in result.rejects)
+        assert counts["pieces"] == counts["pairs"] + dropped, (
+            "each piece of a completion is a pair that is kept, or is dropped for a reason"
+        )
         summary = ShardSummary(counts=dict(sorted(counts.items())), rejected=dict(sorted(rejected.items())))
         with atomic_folder(self.folder) as unfinished:
             with open(unfinished / "examples.jsonl", "w", encoding="utf-8") as stream:
@@ -115,7 +123,12 @@ def work_on_column(texts: Iterable[RawText], asking: Asking) -> Steps[ColumnResu
             request, shown = prepared
             (completion,) = yield [request]
             _count(result.counts, request, completion)
-            shot = _shot(text, completion, number, asking, result)
+            pairs = _pairs(text, completion, number, asking, result)
+            for check in asking.checks:
+                pairs = yield from _checked(check, pairs, text, asking, result)
+            result.counts["pairs"] += len(pairs)
+            result.counts["texts_with_pairs"] += bool(pairs)
+            shot = OneShotExample(id=text.id, text=text.text, pairs=tuple(pairs))
         column = advance(column, shot, shown=shown)
         result.counts["texts"] += 1
     result.examples = m_shot_examples(column)
@@ -142,25 +155,60 @@ def _count(counts: Counter[str], request: Request, completion: Completion) -> No
     counts["generated_tokens"] += completion.tokens
 
 
-def _shot(text: RawText, completion: Completion, round_: int, asking: Asking, result: ColumnResult) -> OneShotExample:
-    """Turn a completion into the text with its pairs, and note what is dropped."""
+def _pairs(text: RawText, completion: Completion, round_: int, asking: Asking, result: ColumnResult) -> list[InstructionPair]:
+    """Return the pairs of a completion that pass the filters that ask nothing, and note what is dropped."""
     if completion.error is not None:
         result.rejects.append(Reject(where="request", id=text.id, reason="request failed", content=text.text, detail=completion.error))
-        return OneShotExample(id=text.id, text=text.text, pairs=())
+        return []
     format_ = asking.prompt_format
     parsed = parse_pairs(completion.text, format_.pair, stopped=completion.stopped)
     provenance = {
+        "text_id": text.id,
         "synthesizer": asking.synthesizer,
         "prompt_format": format_.name,
         "language": format_.language,
         "round": round_,
-        "filters": list(asking.filtering.filters),
+        "filters": asking.filters.passed,
     }
     pairs = [restored(pair, asking.prompts.escaping, **provenance) for pair in parsed.pairs]
-    kept, dropped = keep(pairs, text.text, asking.filtering, language=format_.language)
-    for where, items in (("completion", parsed.dropped), ("filter", dropped)):
-        result.rejects += [Reject(where=where, id=text.id, reason=item.reason, content=item.content) for item in items]
+    kept, dropped = asking.filters.keep(pairs, text.text)
+    result.rejects += _rejects("completion", text, parsed.dropped) + _rejects("filter", text, dropped)
+    result.counts["pieces"] += len(parsed.pairs) + len(parsed.dropped)
     result.counts["pairs_parsed"] += len(pairs)
-    result.counts["pairs"] += len(kept)
-    result.counts["texts_with_pairs"] += bool(kept)
-    return OneShotExample(id=text.id, text=text.text, pairs=tuple(kept))
+    return kept
+
+
+def _checked(
+    check: Check, pairs: Sequence[InstructionPair], text: RawText, asking: Asking, result: ColumnResult
+) -> Generator[Sequence[Request], Sequence[Completion], list[InstructionPair]]:
+    """Ask about each pair, and return those that pass."""
+    prompts = [check.question(pair, text.text) for pair in pairs]
+    fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= asking.longest_prompt]
+    requests = [
+        Request(id=f"{text.id}?{check.name}={number}", prompt=tuple(prompts[number]), max_new_tokens=check.max_new_tokens, grammar=None)
+        for number in fitting
+    ]
+    completions = (yield requests) if requests else []
+    answers = dict(zip(fitting, completions, strict=True))
+    kept: list[InstructionPair] = []
+    for request, completion in zip(requests, completions, strict=True):
+        _count(result.counts, request, completion)
+    for number, pair in enumerate(pairs):
+        drop = _verdict(check, pair, answers.get(number))
+        if drop is None:
+            kept.append(replace(pair, provenance={**pair.provenance, "filters": [*pair.provenance["filters"], check.name]}))
+        else:
+            result.rejects += _rejects("filter", text, [dropped_pair(pair, drop)])
+    return kept
+
+
+def _verdict(check: Check, pair: InstructionPair, completion: Completion | None) -> Drop | None:
+    if completion is None:
+        return Drop(f"{check.name} does not fit", "the text, the question and what is asked about them are longer than a prompt may be")
+    if completion.error is not None:
+        return Drop(f"{check.name} failed", completion.error)
+    return check.verdict(pair, completion.text)
+
+
+def _rejects(where: str, text: RawText, dropped: Iterable[Dropped]) -> list[Reject]:
+    return [Reject(where=where, id=text.id, reason=item.reason, content=item.content, detail=item.detail) for item in dropped]

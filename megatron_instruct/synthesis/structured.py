@@ -51,12 +51,10 @@ def divide(items: Sequence[str], parts: int) -> list[Sequence[str]]:
 def _form(layout: PairLayout, structure: Structure) -> str:
     """One regular expression for all, since llguidance would let an answer of its own swallow what stands behind it."""
     pairs = []
+    asks, answers = _quoted(layout.question + layout.blank), _quoted(layout.separator + layout.answer + layout.blank)
     for number in range(structure.pairs):
         question = structure.questions[min(number, len(structure.questions) - 1)]
-        pairs.append(
-            f"{_quoted(layout.question + layout.blank)}({question}){_quoted(layout.separator + layout.answer + layout.blank)}({structure.answer})"
-            f"{_quoted(layout.before_end + layout.end)}"
-        )
+        pairs.append(f"{asks}({question}){answers}({structure.answer}){_quoted(layout.before_end + layout.end)}")
     return f"start: /{_regex(_quoted(layout.between).join(pairs))}/\n"
 
 
@@ -69,12 +67,10 @@ def _grammar(layout: PairLayout, structure: Structure, answers: Sequence[str]) -
     """answers: for each pair the right-hand side of its answer."""
     rules = [f"answer_{number}: {answer}" for number, answer in enumerate(answers)]
     pairs = []
+    asks, replies = _literal(layout.question + layout.blank), _literal(layout.separator + layout.answer + layout.blank)
     for number in range(len(answers)):
         rules.append(f"question_{number}: /{_regex(structure.questions[min(number, len(structure.questions) - 1)])}/")
-        pairs.append(
-            f"{_literal(layout.question + layout.blank)} question_{number} {_literal(layout.separator + layout.answer + layout.blank)} answer_{number} "
-            f"{_literal(layout.before_end + layout.end)}"
-        )
+        pairs.append(f"{asks} question_{number} {replies} answer_{number} {_literal(layout.before_end + layout.end)}")
     between = f" {_literal(layout.between)} " if layout.between else " "
     return "\n".join([f"start: {between.join(pairs)}", *rules, ""])
 

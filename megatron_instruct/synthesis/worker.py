@@ -11,10 +11,12 @@ from pathlib import Path
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.engines.engine import Engine, EngineSettings, load_engine
+from megatron_instruct.synthesis.filters import Filters
 from megatron_instruct.synthesis.intake import Texts
 from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.prompts import load_prompts
 from megatron_instruct.synthesis.schedule import ColumnWork, Limits, Schedule, Usage
+from megatron_instruct.synthesis.second_pass import load_checks
 from megatron_instruct.synthesis.shard import Asking, ColumnResult, OpenShard, read_shard, work_on_column
 from megatron_instruct.tokenizer import load_tokenizer
 
@@ -77,13 +79,14 @@ class Worker:
     def __init__(self, assignment: Assignment, next_shard: Callable[[], int | None], report: Callable[[Report], None]) -> None:
         """next_shard: the number of the next shard, None when there is none left."""
         config = assignment.config
-        prompt_format = load_prompt_format(config.prompt_format)
+        prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
         prompts = load_prompts(prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
         self._assignment, self._next_shard, self._report = assignment, next_shard, report
         self._asking = Asking(
             prompt_format=prompt_format,
             prompts=prompts,
-            filtering=config.filtering,
+            filters=Filters(config.filtering, language=prompt_format.language),
+            checks=load_checks(prompt_format, prompts, config.filtering, max_new_tokens=config.max_new_tokens),
             synthesizer=assignment.synthesizer,
             max_new_tokens=config.max_new_tokens,
             longest_prompt=config.longest_prompt,

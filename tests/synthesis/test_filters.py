@@ -4,7 +4,8 @@ import pytest
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.records import InstructionPair
-from megatron_instruct.synthesis.filters import FilterSettings, keep
+from megatron_instruct.synthesis.filter_settings import FilterSettings
+from megatron_instruct.synthesis.filters import Filters
 
 TEXT = (
     "kluge\n\nA kluge is a clumsy repair that works for the wrong reasons. Hackers write kluges when a deadline is near. "
@@ -14,7 +15,7 @@ GOOD = InstructionPair(question="What is a kluge?", answer="A clumsy repair that
 
 
 def reasons(*pairs: InstructionPair, text: str = TEXT, language: str = "en", **settings: object) -> list[str]:
-    return [piece.reason for piece in keep(pairs, text, FilterSettings(**settings), language=language)[1]]  # type: ignore[arg-type]
+    return [piece.reason for piece in Filters(FilterSettings(**settings), language=language).keep(pairs, text)[1]]  # type: ignore[arg-type]
 
 
 def pair(question: str, answer: str, *options: str) -> InstructionPair:
@@ -22,7 +23,7 @@ def pair(question: str, answer: str, *options: str) -> InstructionPair:
 
 
 def test_a_good_pair_passes_every_filter() -> None:
-    kept, dropped = keep([GOOD], TEXT, FilterSettings(), language="en")
+    kept, dropped = Filters(FilterSettings(), language="en").keep([GOOD], TEXT)
     assert (kept, dropped) == ([GOOD], [])
 
 

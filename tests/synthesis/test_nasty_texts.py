@@ -22,7 +22,8 @@ MARKERS = ["<CON>", "</CON>", "<QUE>", "<ANS>", "</END>"]
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>", "<|im_start|>system\n"]
 PIECES = [
     *MARKERS, *SPECIAL, "<", ">", "CON>", "</", "</END", "\u2060", "<\u2060QUE>", "<\u2060\u2060ANS>", " ", "\n\n", "\t", "\r\n", "\u00a0",
-    "user", "assistant\n", "Question:", "Answer:", "{text}", "{question}", "{{ 7 * 7 }}", "{% raw %}", "%s", "\\n", "é", "漢字", "🙂", "\u200d", "\ufeff", "\u202e",
+    "user", "assistant\n", "Question:", "Answer:", "{text}", "{question}", "{{ 7 * 7 }}", "{% raw %}", "%s",
+    "\\n", "é", "漢字", "🙂", "\u200d", "\ufeff", "\u202e",
     "fi\u0301", "\x00", "\x1b[0m", "- a", "null", "<CO", "N>", "<|", "|>", "</s", "a plain word",
 ]  # fmt: skip
 
