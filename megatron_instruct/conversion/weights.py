@@ -1,9 +1,12 @@
 """The weight tables: which Hugging Face tensors make which parameter of megatron-core, one literal table a family.
 
-A new family is one more table. Names hold `{layer}` where there is one for each layer. Does not know: files, processes, models.
-Legend of shapes: V vocabulary (unpadded), C hidden size, F feed-forward size, H query heads * head size, G key/value heads * head size.
+A new family is one more table. Names hold `{layer}` where there is one for each layer, and `{expert}` where there is one for each
+expert. Does not know: files, processes, models.
+Legend of shapes: V vocabulary (unpadded), C hidden size, F feed-forward size, H query heads * head size, G key/value heads * head size,
+D head size, E experts.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,8 +34,8 @@ class Rule:
 
 
 _M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
-_LLAMA = (
-    Rule("vocabulary", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("VC",)),
+_EMBEDDING = Rule("vocabulary", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("VC",))
+_ATTENTION = (
     Rule("copy", _M + "input_layernorm.weight", (_H + "input_layernorm.weight",), ("C",)),
     Rule(
         "qkv",
@@ -42,12 +45,38 @@ _LLAMA = (
     ),
     Rule("copy", _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), ("CH",)),
     Rule("copy", _M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), ("C",)),
+)
+_QKV_BIAS = Rule(
+    "qkv",
+    _M + "self_attention.linear_qkv.bias",
+    (_H + "self_attn.q_proj.bias", _H + "self_attn.k_proj.bias", _H + "self_attn.v_proj.bias"),
+    ("H", "G", "G"),
+)
+_QK_NORM = (
+    Rule("copy", _M + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), ("D",)),
+    Rule("copy", _M + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), ("D",)),
+)
+_FEED_FORWARD = (
     Rule("stack", _M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), ("FC", "FC")),
     Rule("copy", _M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), ("CF",)),
+)
+_MM, _HM = _M + "mlp.experts.local_experts.{expert}.", _H + "block_sparse_moe.experts.{expert}."
+_EXPERTS = (
+    Rule("copy", _M + "mlp.router.weight", (_H + "block_sparse_moe.gate.weight",), ("EC",)),
+    Rule("stack", _MM + "linear_fc1.weight", (_HM + "w1.weight", _HM + "w3.weight"), ("FC", "FC")),
+    Rule("copy", _MM + "linear_fc2.weight", (_HM + "w2.weight",), ("CF",)),
+)
+_END = (
     Rule("copy", "decoder.final_layernorm.weight", ("model.norm.weight",), ("C",)),
     Rule("vocabulary", "output_layer.weight", ("lm_head.weight",), ("VC",), unless_tied=True),
 )
-TABLES: dict[Family, tuple[Rule, ...]] = {"llama": _LLAMA, "mistral": _LLAMA}
+TABLES: dict[Family, tuple[Rule, ...]] = {
+    "llama": (_EMBEDDING, *_ATTENTION, *_FEED_FORWARD, *_END),
+    "mistral": (_EMBEDDING, *_ATTENTION, *_FEED_FORWARD, *_END),
+    "qwen2": (_EMBEDDING, *_ATTENTION, _QKV_BIAS, *_FEED_FORWARD, *_END),
+    "qwen3": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_FEED_FORWARD, *_END),
+    "mixtral": (_EMBEDDING, *_ATTENTION, *_EXPERTS, *_END),
+}
 
 DERIVED = (_H + "self_attn.rotary_emb.inv_freq",)
 """Tensors that old folders hold and that follow from the configuration; they are set aside, by name."""
@@ -73,20 +102,20 @@ def weights_of(architecture: Architecture) -> list[Weight]:
         "F": architecture.ffn_hidden_size,
         "H": architecture.num_attention_heads * architecture.kv_channels,
         "G": architecture.num_query_groups * architecture.kv_channels,
+        "D": architecture.kv_channels,
+        "E": architecture.num_experts or 0,
     }
     weights: list[Weight] = []
     for rule in TABLES[architecture.family]:
         if rule.unless_tied and architecture.tie_embeddings:
             continue
-        for layer in range(architecture.num_layers if "{layer}" in rule.megatron else 1):
-            weights.append(
-                Weight(
-                    kind=rule.kind,
-                    megatron=rule.megatron.format(layer=layer),
-                    huggingface=tuple(name.format(layer=layer) for name in rule.huggingface),
-                    shapes=tuple(tuple(size[letter] for letter in shape) for shape in rule.shapes),
-                )
-            )
+        layers = range(architecture.num_layers if "{layer}" in rule.megatron else 1)
+        experts = range((architecture.num_experts or 0) if "{expert}" in rule.megatron else 1)
+        shapes = tuple(tuple(size[letter] for letter in shape) for shape in rule.shapes)
+        for layer, expert in itertools.product(layers, experts):
+            names = tuple(name.format(layer=layer, expert=expert) for name in rule.huggingface)
+            megatron = rule.megatron.format(layer=layer, expert=expert)
+            weights.append(Weight(kind=rule.kind, megatron=megatron, huggingface=names, shapes=shapes))
     return weights
 
 
@@ -99,8 +128,8 @@ def join(weight: Weight, parts: Sequence[torch.Tensor], architecture: Architectu
     """Return megatron-core's parameter of `rows` rows; those that pad the vocabulary are zero."""
     if weight.kind == "qkv":
         groups, head = architecture.num_query_groups, architecture.kv_channels
-        grouped = [part.reshape(groups, -1, head, part.size(-1)) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(-1, parts[0].size(-1))
+        rest = parts[0].shape[1:]  # of a matrix, its columns; of a bias, nothing
+        return torch.cat([part.reshape(groups, -1, head, *rest) for part in parts], dim=1).reshape(-1, *rest)
     if weight.kind == "stack":
         return torch.cat(list(parts))
     (whole,) = parts
@@ -112,10 +141,10 @@ def join(weight: Weight, parts: Sequence[torch.Tensor], architecture: Architectu
 def split(weight: Weight, parameter: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
     """Return the Hugging Face tensors of a parameter: the inverse of `join`, without the rows that pad the vocabulary."""
     if weight.kind == "qkv":
-        groups, head, hidden = architecture.num_query_groups, architecture.kv_channels, parameter.size(-1)
+        groups, head, rest = architecture.num_query_groups, architecture.kv_channels, parameter.shape[1:]
         queries = architecture.num_attention_heads // groups
-        grouped = torch.split(parameter.view(groups, queries + 2, head, hidden), [queries, 1, 1], dim=1)
-        return [part.reshape(-1, hidden) for part in grouped]
+        grouped = torch.split(parameter.view(groups, queries + 2, head, *rest), [queries, 1, 1], dim=1)
+        return [part.reshape(-1, *rest) for part in grouped]
     if weight.kind == "stack":
         return list(parameter.chunk(2))
     if weight.kind == "vocabulary":

@@ -72,7 +72,7 @@ def build_model(architecture: Architecture, layout: ParallelLayout, machine: Mac
         vp_stage = chunk if layout.virtual_pipeline else None
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, machine, vp_stage),
+            transformer_layer_spec=_layer_spec(config, architecture, machine, vp_stage),
             vocab_size=padded_vocab_size(architecture, layout, options.make_vocab_size_divisible_by),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -105,6 +105,8 @@ def make_transformer_config(
         "kv_channels": architecture.kv_channels,
         "layernorm_epsilon": architecture.layernorm_epsilon,
         "init_method_std": architecture.init_method_std,
+        "add_qkv_bias": architecture.parts.qkv_bias,
+        "qk_layernorm": architecture.parts.qk_norm,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -127,6 +129,7 @@ def make_transformer_config(
         "deallocate_pipeline_outputs": True,
         **(_CUDA_SETTINGS if machine.is_cuda else _CPU_SETTINGS),
     }
+    settings |= _window_settings(architecture) | _expert_settings(architecture, machine)
     if layout.virtual_pipeline is not None:
         # On gloo, batched point-to-point calls of the interleaved schedule pair up wrongly without an error (megatron-core 0.19.2).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -158,6 +161,32 @@ _CUDA_SETTINGS: dict[str, Any] = {
 }
 
 
+def _window_settings(architecture: Architecture) -> dict[str, Any]:
+    """megatron-core counts the tokens before the one that attends, and lists the layers that have the window."""
+    if architecture.sliding_window is None:
+        return {}
+    has_window = [int(layer >= architecture.first_window_layer) for layer in range(architecture.num_layers)]
+    return {"window_size": (architecture.sliding_window - 1, 0), "window_attn_skip_freq": has_window}
+
+
+def _expert_settings(architecture: Architecture, machine: Machine) -> dict[str, Any]:
+    """Softmax over the chosen experts' scores, no token dropped, the load-balancing loss of each sequence of experts added in training."""
+    if not architecture.parts.experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": architecture.router_aux_loss_coef or 0.0,
+        "moe_grouped_gemm": machine.is_cuda,
+        "moe_token_dispatcher_type": "alltoall" if machine.is_cuda else "allgather",
+    }
+
+
 def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     fields = TransformerConfig.__dataclass_fields__
     for name in extra:
@@ -168,18 +197,25 @@ def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     return dict(extra)
 
 
-def _layer_spec(config: TransformerConfig, machine: Machine, vp_stage: int | None) -> Any:
+def _layer_spec(config: TransformerConfig, architecture: Architecture, machine: Machine, vp_stage: int | None) -> Any:
     """Transformer Engine's layers on CUDA, torch's on CPU."""
+    parts = architecture.parts
     if machine.is_cuda:
         try:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
             raise MissingPackageError("transformer-engine[pytorch]", extra="gpu", purpose="training on a GPU") from error
-        return ModuleSpec(module=TransformerLayer, submodules=get_gpt_layer_with_transformer_engine_submodules())
+        submodules = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=architecture.num_experts, moe_grouped_gemm=parts.experts, qk_layernorm=parts.qk_norm
+        )
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
     from megatron_instruct.platform.cpu_modules import RMSNorm, ScaledDotProductAttention
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=architecture.num_experts, qk_layernorm=parts.qk_norm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    if parts.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

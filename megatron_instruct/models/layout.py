@@ -70,6 +70,8 @@ class ParallelLayout:
                     f"{name}={value} is not a multiple of tensor_model_parallel_size={self.tensor}; "
                     f"this model allows {', '.join(map(str, allowed))}."
                 )
+        if architecture.parts.experts and self.tensor > 1 and not self.sequence_parallel:
+            raise ConfigError(f"a mixture of experts over tensor_model_parallel_size={self.tensor} needs sequence_parallel=True; set it.")
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError("sequence_parallel=True needs tensor_model_parallel_size of at least 2; raise it or drop the flag.")
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_instruct.errors import ConfigError, did_you_mean
-from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.architecture import Architecture, RopeScaling
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -18,7 +18,10 @@ def preset(name: str) -> dict[str, Any]:
     presets: dict[str, dict[str, Any]] = yaml.safe_load(text)
     if name not in presets:
         raise ConfigError(f"preset={name!r} is unknown{did_you_mean(name, presets)}")
-    return presets[name]
+    dimensions = presets[name]
+    if "rope_scaling" in dimensions:
+        dimensions["rope_scaling"] = RopeScaling(**dimensions["rope_scaling"])
+    return dimensions
 
 
 def make_architecture(given: Mapping[str, Any], *, preset_name: str | None, vocab_size: int, seq_length: int) -> Architecture:

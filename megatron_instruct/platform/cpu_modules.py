@@ -49,9 +49,9 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
             assert attention_mask is None, "the layout is checked before"
             group = parallel_state.get_context_parallel_group()
             key_SBGD, value_SBGD = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key_SBGD, value_SBGD))
-            attention_mask = _later_positions(query_SBHD.size(0), size=group.size(), rank=group.rank())
+            attention_mask = _later_positions(query_SBHD.size(0), size=group.size(), rank=group.rank(), window=self.window)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key_SBGD, value_SBGD))
-        if self.window is not None and query.size(2) > self.window:
+        if self.window is not None and query.size(2) > self.window and self.context_parallel_size == 1:
             attention_mask = self._add_window(attention_mask, query.size(2), self.window)
         output_BHSD = torch.nn.functional.scaled_dot_product_attention(
             query,
@@ -73,8 +73,8 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         return ~allowed_SS[None, None] if attention_mask is None else attention_mask | ~allowed_SS
 
 
-def _later_positions(length: int, *, size: int, rank: int) -> torch.Tensor:
-    """Return [1, 1, S, S * size], True where a key comes after the query.
+def _later_positions(length: int, *, size: int, rank: int, window: int | None) -> torch.Tensor:
+    """Return [1, 1, S, S * size], True where a key comes after the query, or before its window.
 
     The sequence is cut into 2 * size parts; rank r holds part r and part 2 * size - 1 - r, so that all have as much to do
     (megatron-core's get_batch_on_this_cp_rank).
@@ -82,7 +82,9 @@ def _later_positions(length: int, *, size: int, rank: int) -> torch.Tensor:
     part = length // 2
     starts = [(r * part, (2 * size - 1 - r) * part) for r in range(size)]
     positions = torch.stack([torch.cat([torch.arange(start, start + part) for start in pair]) for pair in starts])
-    return (positions.flatten()[None, :] > positions[rank][:, None])[None, None]
+    distance_SK = positions[rank][:, None] - positions.flatten()[None, :]
+    forbidden_SK = distance_SK < 0 if window is None else (distance_SK < 0) | (distance_SK >= window)
+    return forbidden_SK[None, None]
 
 
 class RMSNorm(torch.nn.RMSNorm):

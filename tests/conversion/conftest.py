@@ -30,12 +30,24 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 0,
 }
 MISTRAL: dict[str, Any] = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+QWEN2: dict[str, Any] = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+QWEN3: dict[str, Any] = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24, "attention_bias": False}
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "sliding_window": None,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "mixtral": MIXTRAL}
 
 
 def random_tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return the tensors that transformers saves for a Llama or Mistral of this configuration."""
+    """Return the tensors that transformers saves for a model of this configuration."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    hidden, head = config["hidden_size"], config["head_dim"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
@@ -48,15 +60,33 @@ def random_tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) ->
                 "self_attn.k_proj": (groups * head, hidden),
                 "self_attn.v_proj": (groups * head, hidden),
                 "self_attn.o_proj": (hidden, heads * head),
-                "mlp.gate_proj": (ffn, hidden),
-                "mlp.up_proj": (ffn, hidden),
-                "mlp.down_proj": (hidden, ffn),
             }.items()
         }
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_the_family(config).items()}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: (1.0 + tensor if "norm" in name else tensor).to(dtype) for name, tensor in tensors.items()}
+
+
+def of_the_family(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return what a layer holds that not every family's does: the feed-forward layer or experts, biases, norms of heads."""
+    hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if config["model_type"] == "mixtral":
+        number = config["num_local_experts"]
+        shapes: dict[str, tuple[int, ...]] = {"block_sparse_moe.gate.weight": (number, hidden)}
+        for expert in range(number):
+            shapes |= {f"block_sparse_moe.experts.{expert}.{name}.weight": (ffn, hidden) for name in ("w1", "w3")}
+            shapes[f"block_sparse_moe.experts.{expert}.w2.weight"] = (hidden, ffn)
+        return shapes
+    shapes = {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden), "mlp.down_proj.weight": (hidden, ffn)}
+    if config["model_type"] == "qwen2":
+        shapes |= {"self_attn.q_proj.bias": (heads * head,), "self_attn.k_proj.bias": (groups * head,)}
+        shapes["self_attn.v_proj.bias"] = (groups * head,)
+    if config["model_type"] == "qwen3":
+        shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+    return shapes
 
 
 WriteModel = Callable[..., Path]

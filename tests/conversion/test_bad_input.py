@@ -16,10 +16,18 @@ from megatron_instruct.conversion import weights
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.run import main, run
 from megatron_instruct.errors import ConfigError, InputError, MegatronInstructError
-from tests.conversion.conftest import LLAMA, MISTRAL, WriteModel
+from tests.conversion.conftest import LLAMA, MISTRAL, MIXTRAL, QWEN2, WriteModel
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 BAD_MODELS: dict[str, tuple[Change, str]] = {
     "missing tensor": (lambda _, tensors: tensors.pop(UP), rf"lacks {UP}"),
     "missing output layer": (lambda _, tensors: tensors.pop("lm_head.weight"), r"lacks lm_head.weight.*tie_word_embeddings"),
@@ -41,7 +49,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     ),
     "unknown architecture": (
         lambda config, _: config.update(model_type="gpt2"),
-        r"model_type='gpt2' is not supported; supported: llama, mistral",
+        r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, mixtral",
     ),
     "another head": (lambda config, _: config.update(architectures=["LlamaForSequenceClassification"]), r"only LlamaForCausalLM is"),
     "attention bias": (
@@ -80,12 +88,49 @@ def test_a_model_that_cannot_be_converted_is_refused_by_name(name: str, write_mo
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_sliding_window_in_effect_is_refused_with_the_remedy(write_model: WriteModel, tmp_path: Path) -> None:
-    for number, config in enumerate(({**MISTRAL, "sliding_window": 512}, {k: v for k, v in MISTRAL.items() if k != "sliding_window"})):
-        config["max_position_embeddings"] = 8192
-        window = 512 if number == 0 else 4096  # transformers' default for a file that is silent
-        with pytest.raises(InputError, match=rf"sliding_window={window} .* --max-position-embeddings {window}"):
-            run(ConvertConfig(load=write_model(config, name=f"source{number}"), save=tmp_path / "out"))
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "kinds of layers in another order": (
+        {**QWEN2, "use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        r"layer_types=.* with sliding_window=64 is not supported; only full attention in the first layers",
+    ),
+    "a mistral without a window in one layer": (
+        {**MISTRAL, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+        r"layer_types=.* of which a mistral has no first",
+    ),
+    "a window of nothing": ({**MISTRAL, "sliding_window": 0}, r"sliding_window=0 is not possible"),
+    "a qwen2 with heads of another size": (
+        {**QWEN2, "head_dim": 16},
+        r"kv_channels=16 must be hidden_size / num_attention_heads = 64 / 8 in the family qwen2",
+    ),
+    "one expert a token": ({**MIXTRAL, "num_experts_per_tok": 1}, r"experts_per_token=1 must be 2 to num_experts=4"),
+    "noise in the router": ({**MIXTRAL, "router_jitter_noise": 0.1}, r"router_jitter_noise=0.1 is not supported"),
+    "scaling that shrinks": (
+        {**LLAMA, "rope_parameters": {**LLAMA3, "factor": 0.5}},
+        r"config.json: rope scaling llama3: factor=0.5 must be at least 1",
+    ),
+    "scaling with factors the wrong way round": (
+        {**LLAMA, "rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}},
+        r"low_freq_factor=4.0 must be positive and below high_freq_factor=4.0",
+    ),
+    "scaling of no length": (
+        {**LLAMA, "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 0}},
+        r"original_max_position_embeddings=0 must be at least 1",
+    ),
+    "scaling without its length": (
+        {**LLAMA, "rope_parameters": {name: value for name, value in LLAMA3.items() if not name.startswith("original")}},
+        r"'llama3' lacks 'original_max_position_embeddings'",
+    ),
+    "odd heads": ({**LLAMA, "head_dim": 7}, r"kv_channels=7 must be even"),
+    "heads that no group divides": ({**LLAMA, "num_key_value_heads": 3}, r"num_attention_heads=8 is not a multiple of num_query_groups=3"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_option_that_cannot_be_carried_is_refused_by_name(name: str, write_model: WriteModel, tmp_path: Path) -> None:
+    config, message = UNSUPPORTED[name]
+    with pytest.raises(InputError, match=message):
+        run(ConvertConfig(load=write_model(config), save=tmp_path / "out", prove=False))
+    assert not list(tmp_path.glob("out*"))
 
 
 def cut_short(folder: Path) -> None:

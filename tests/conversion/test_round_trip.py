@@ -12,7 +12,7 @@ from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.run import run
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.manifest import Manifest, read_manifest
-from tests.conversion.conftest import LLAMA, MISTRAL, WriteModel
+from tests.conversion.conftest import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, WriteModel
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 OLD = {name: value for name, value in LLAMA.items() if name != "rope_parameters"}
@@ -39,6 +39,18 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "mistral, another epsilon and base": (
         {**MISTRAL, "rms_norm_eps": 3e-4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         torch.float32,
+    ),
+    "mistral, sliding window in effect": ({**MISTRAL, "sliding_window": 37}, torch.float32),
+    "qwen2, biases": (QWEN2, torch.float32),
+    "qwen2, window from the second layer on": (
+        {**QWEN2, "use_sliding_window": True, "sliding_window": 29, "max_window_layers": 1},
+        torch.float32,
+    ),
+    "qwen3, norms of queries and keys, tied": ({**QWEN3, "tie_word_embeddings": True}, torch.bfloat16),
+    "mixtral": (MIXTRAL, torch.float32),
+    "mixtral, all of three experts, window": (
+        {**MIXTRAL, "num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 50},
+        torch.bfloat16,
     ),
     "mistral, vocabulary that needs padding, fp16": ({**MISTRAL, "vocab_size": 613}, torch.float16),
 }
@@ -135,13 +147,20 @@ def test_a_tied_output_layer_that_is_stored_twice_is_set_aside_by_name(write_mod
     assert check(manifest, "names")["values"]["set_aside"] == ["lm_head.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"]
 
 
-def test_a_sliding_window_is_void_where_no_sequence_is_longer(write_model: WriteModel, tmp_path: Path) -> None:
+def test_the_longest_sequence_can_be_set(write_model: WriteModel, tmp_path: Path) -> None:
     source = write_model({**MISTRAL, "sliding_window": 256})
     run(ConvertConfig(load=source, save=tmp_path / "megatron", max_position_embeddings=256))
     run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "back"))
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert written["sliding_window"] is None
-    assert written["max_position_embeddings"] == 256
+    assert (written["sliding_window"], written["max_position_embeddings"]) == (256, 256)
+
+
+def test_a_window_of_a_qwen_that_no_layer_has_is_none(write_model: WriteModel, tmp_path: Path) -> None:
+    source = write_model({**QWEN2, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 28})
+    run(ConvertConfig(load=source, save=tmp_path / "megatron"))
+    run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "back", prove=False))
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["use_sliding_window"], written["sliding_window"]) == (False, None)
 
 
 def test_special_token_ids_and_generation_settings_survive(write_model: WriteModel, tmp_path: Path) -> None:
