@@ -5,7 +5,6 @@ requests are in a journal beside the folder. Does not know: other shards, the co
 """
 
 import json
-import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -98,7 +97,7 @@ class OpenShard:
                 for result in results:
                     write_rejects(stream, result.rejects)
             write_json(unfinished / SUMMARY, asdict(summary))
-            write_json(unfinished / TIMING, {"first_answer": self.journal.first, "finished": round(time.time(), 3)})
+            write_json(unfinished / TIMING, {str(second): answers for second, answers in sorted(self.journal.answers.items())})
 
 
 def read_shard(folder: Path) -> ShardSummary | None:
