@@ -4,6 +4,7 @@ A write goes to a temporary name in the same folder, is flushed to the disk and 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,8 @@ from megatron_instruct.errors import ConfigError, InputError
 TEMPORARY_SUFFIX = ".partial"
 LOCK = "lock"
 """Name of the empty file in a folder that a run holds while it writes there."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -34,8 +37,10 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
+            error.filename = str(path)  # a write does not say where
         raise
     _sync(path.parent)
 

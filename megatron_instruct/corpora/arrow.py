@@ -104,13 +104,14 @@ def cut_arrow(path: Path, part_bytes: int) -> list[Slice]:
             return []
         start, first_row, rows = source.tell(), 1, 0
         for batch in _batches(source, schema, path, 1, None):
-            rows += 0 if isinstance(batch, BrokenRecord) else batch.num_rows
-            end = source.tell()
+            if isinstance(batch, BrokenRecord):
+                return [*slices, _slice(path, start, size, first_row, None)] if slices else []  # what is damaged stays in one piece
+            rows, end = rows + batch.num_rows, source.tell()
             if end - start >= part_bytes and size - end > len(_END):
                 slices.append(_slice(path, start, end, first_row, rows))
                 start, first_row, rows = end, first_row + rows, 0
     return [*slices, _slice(path, start, size, first_row, rows)] if slices else []
 
 
-def _slice(path: Path, start: int, end: int, first_row: int, rows: int) -> Slice:
+def _slice(path: Path, start: int, end: int, first_row: int, rows: int | None) -> Slice:
     return Slice(path=path, start=start, end=end, first_line=first_row, lines=rows, whole=False, size=end - start)

@@ -59,11 +59,12 @@ def _read(path: Path, new: Callable[[], _Member], error: type[Exception]) -> Ite
         lines = _Lines(_first(usable, (data for data, _ in _unpacked(stream, new))), whole=fault is None)
         yield from json_lines(lines, path)
         if fault is not None:
-            tail = examined(lines.tail, path, lines.count + 1) if lines.tail.strip() else None
+            number, cut = lines.count + 1, lines.tail
+            tail = examined(cut, path, number) if cut.strip() else None
             if isinstance(tail, Record):
                 yield tail
-            cut = lines.tail if isinstance(tail, BrokenRecord) else b""
-            yield broken(path, lines.count + 1, fault.reason, fault.detail, cut)
+                number, cut = number + 1, b""
+            yield broken(path, number, fault.reason, fault.detail, cut)
 
 
 def _examine(stream: IO[bytes], new: Callable[[], _Member], error: type[Exception]) -> tuple[int, _Fault | None]:

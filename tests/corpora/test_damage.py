@@ -44,7 +44,7 @@ def test_a_complete_last_record_without_its_line_end_is_kept(tmp_path: Path) -> 
     path.write_bytes(start)
     records, broken = read(path)
     assert [record.value for record in records] == ROWS[:2]
-    assert [(item.reason, item.raw) for item in broken] == [("truncated file", "")]
+    assert [(item.reason, item.line, item.raw) for item in broken] == [("truncated file", 3, "")]
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", ZSTANDARD.compress)])
