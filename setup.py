@@ -16,7 +16,7 @@ EXTRAS = {
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }
 EXTRAS["cluster"] = ["ray"]
-EXTRAS["fast"] = ["gigatoken==0.10.0"]
+EXTRAS["fast"] = ["gigatoken==0.10.0", "protobuf"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
 EXTRAS["dev"] = [

@@ -28,6 +28,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises the bare class
             raise InputError(f"{file} is not a readable tokenizer: {error}") from error
+        self.file = file
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -42,7 +43,7 @@ class HuggingFaceTokenizer:
         bos = names.get("bos_token")
         self.bos: int | None = vocabulary.get(bos) if bos else None
         content: dict[str, Any] = read_json(file)
-        self._spelling = Spelling.of(_pieces(vocabulary, self.vocab_size, byte_level=_is_byte_level(content)))
+        self.spelling = Spelling.of(_pieces(vocabulary, self.vocab_size, byte_level=_is_byte_level(content)))
         self.fingerprint = fingerprint(_what_decides_ids(content), self.eod)
 
     def encode(self, text: str) -> list[int]:
@@ -54,9 +55,9 @@ class HuggingFaceTokenizer:
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         flat = flat_tokens(self.encode_batch(texts), self.vocab_size)
-        return self._spelling.with_ends(texts, flat, self._ends) if ends else flat
+        return self.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
 
-    def _ends(self, text: str) -> Ends:
+    def ends_of(self, text: str) -> Ends:
         return ends_of_characters(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
     def decode(self, ids: Iterable[int]) -> str:

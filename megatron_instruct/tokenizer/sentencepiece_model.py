@@ -28,13 +28,14 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise InputError(f"{file} is not a readable sentencepiece model: {error}") from error
+        self.file = file
         self.vocab_size: int = self._processor.get_piece_size()  # user-defined and control pieces are counted
         pieces = {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
         eos = self._processor.eos_id()
         self.eod = eod_id(pieces, eod_token or (self._processor.id_to_piece(eos) if eos >= 0 else None), file)
         bos = self._processor.bos_id()
         self.bos: int | None = bos if bos >= 0 else None
-        self._spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)])
+        self.spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)])
         self.fingerprint = fingerprint(content, self.eod)
 
     def _bytes_of(self, number: int) -> bytes:
@@ -53,9 +54,9 @@ class SentencePieceTokenizer:
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         ids = self._processor.encode(list(texts), return_type="numpy", num_threads=1) if texts else []
         flat = flat_tokens(ids, self.vocab_size)
-        return self._spelling.with_ends(texts, flat, self._ends) if ends else flat
+        return self.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
 
-    def _ends(self, text: str) -> Ends:
+    def ends_of(self, text: str) -> Ends:
         content = text.encode()
         offsets = self._processor.encode(content, return_type="offset_mapping")["offsets"]  # in bytes, since the text is
         return ends_before_starts(np.array([start for start, _ in offsets], dtype=np.int64), len(content))

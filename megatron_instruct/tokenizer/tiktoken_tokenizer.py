@@ -41,7 +41,7 @@ class TikTokenizer:
         pieces = [NO_TEXT] * self.vocab_size
         for token, number in vocabulary.ranks.items():
             pieces[number] = token
-        self._spelling = Spelling.of(pieces)
+        self.spelling = Spelling.of(pieces)
         self._special = {number: name.encode() for name, number in special.items()}
         self.fingerprint = fingerprint(_what_decides_ids(vocabulary), self.eod)
 
@@ -54,13 +54,13 @@ class TikTokenizer:
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         flat = flat_tokens([self._ids(text) for text in texts], self.vocab_size)
-        return self._spelling.with_ends(texts, flat, _never) if ends else flat
+        return self.spelling.with_ends(texts, flat, _never) if ends else flat
 
     def _ids(self, text: str) -> npt.NDArray[np.uint32]:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        pieces = self._spelling.pieces
+        pieces = self.spelling.pieces
         return b"".join(self._special.get(number, pieces[number]) for number in ids).decode(errors="replace")
 
 
