@@ -15,8 +15,8 @@ from megatron_instruct.corpora.items import BrokenRecord, Record, Slice
 from megatron_instruct.corpora.lines import broken, examined, json_lines
 from megatron_instruct.errors import MissingPackageError
 
-_CHUNK = 1 << 13
-"""Compressed bytes unpacked at a time. Small, since a byte can stand for thousands."""
+_CHUNK = 1 << 11
+"""Compressed bytes unpacked at a time. Small, since a byte of Zstandard can stand for 32,000."""
 _GZIP = 16 + zlib.MAX_WBITS
 """zlib's word for a gzip header and check sum."""
 _LONGEST_WINDOW = 1 << 31

@@ -52,7 +52,7 @@ def _batch_rows(group: Any) -> int:
 def _opened(path: Path) -> Any:
     pyarrow = load_pyarrow(path)
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True)
+        return pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
     except table_errors() as error:
         raise_if_refused(error)
         return damage(path, 1, "damaged file", f"not a readable Parquet file ({error})")
