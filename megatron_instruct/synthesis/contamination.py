@@ -92,9 +92,7 @@ def _texts_of(file: Path) -> Iterator[str]:
         return
     for record in read_records(file):
         if isinstance(record, BrokenRecord):
-            raise InputError(
-                f"decontaminate {record.where}: {record.reason}: {record.detail}; mend it: what is left out is not found."
-            )
+            raise InputError(f"decontaminate {record.where}: {record.reason}: {record.detail}; mend it: what is left out is not found.")
         yield from _strings(record.value)
 
 

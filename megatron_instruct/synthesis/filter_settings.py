@@ -69,9 +69,7 @@ class FilterSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.decontaminate and "contamination" not in self.names:
-            raise ConfigError(
-                "decontaminate names files, and contamination is not among the filters; add it, or leave them out."
-            )
+            raise ConfigError("decontaminate names files, and contamination is not among the filters; add it, or leave them out.")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Journal:
         _hold(self._stream.fileno(), path)
         self._known: dict[str, dict[str, Any]] = {}
         self._flushed = clock()
-        self.first: float | None = None
-        """When the first request was finished, in seconds of the clock; None when none is."""
+        self.answers: dict[int, list[int]] = {}
+        """Requests finished, and tokens generated, in each second of the clock in which there were any."""
         self._read()
 
     def _read(self) -> None:
@@ -45,7 +45,7 @@ class Journal:
             try:
                 entry = json.loads(line)
                 self._known[entry["id"]] = entry
-                self.first = entry["at"] if self.first is None else self.first
+                self._note(entry)
             except (ValueError, KeyError, TypeError):
                 continue  # a machine that lost power may have left anything; such a request is asked again
         if whole < len(content):
@@ -67,10 +67,15 @@ class Journal:
         entry: dict[str, Any] = {"id": request.id, "prompt": _digest(request), "at": round(self._clock(), 3)}
         entry |= {name: getattr(completion, name) for name in _FIELDS}
         self._stream.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self.first = entry["at"] if self.first is None else self.first
+        self._note(entry)
         if self._clock() - self._flushed >= _SECONDS:
             os.fsync(self._stream.fileno())
             self._flushed = self._clock()
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        answers = self.answers.setdefault(int(entry["at"]), [0, 0])
+        answers[0] += 1
+        answers[1] += entry["tokens"]
 
     def close(self) -> None:
         """Flush what is there, and let the file go."""

@@ -73,15 +73,16 @@ def foreign_to(writing: Writing, text: str) -> str | None:
         return strange.most_common(1)[0][0]
     if not writing.languages:
         return None
-    scores = _scores([run for _, run in runs])
-    own = max((scores[language] for language in writing.languages), default=0)
-    others = _scores([run for _, run in runs if run not in writing.words])
-    language, score = max(((name, score) for name, score in others.items() if name not in writing.languages), key=_second, default=("", 0))
-    return language if score >= 2 and score > 2 * own else None
-
-
-def _second(item: tuple[str, int]) -> int:
-    return item[1]
+    own, foreign, shared = 0, Counter[str](), Counter[str]()
+    for word, count in Counter(run for _, run in runs).items():
+        languages = _common().get(word, ())
+        if not writing.languages.isdisjoint(languages):
+            own += count
+            shared.update(dict.fromkeys(languages, count))
+        elif word not in writing.words:
+            foreign.update(dict.fromkeys(languages, count))
+    language, score = max(foreign.items(), key=lambda item: item[1], default=("", 0))
+    return language if score >= 2 and score > 2 * (own - shared[language]) else None
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
@@ -93,8 +94,9 @@ def _scores(words: list[str]) -> Counter[str]:
     """Count the words that each language has among its commonest."""
     common = _common()
     scores = Counter[str]()
-    for word in words:
-        scores.update(common.get(word, ()))
+    for word, count in Counter(words).items():
+        for language in common.get(word, ()):
+            scores[language] += count
     return scores
 
 

@@ -3,10 +3,11 @@
 Comes in: the M-shot examples of all shards, in the order of the corpus. Goes out: the same without the pairs that are too similar to one
 kept before; so the result depends on that order alone, not on shards, batches or workers. A text that loses its last pair stands alone, to
 stay raw text. What was kept is looked up in a database on the disk (about 1 KiB a pair), so memory does not grow with the corpus.
-Similarity is Jaccard's, of the sets of four characters in a row. Sources: Broder 1997; Leskovec, Rajaraman, Ullman, chapter 3; MinHash is
-rensa's. Does not know: files.
+Similarity is Jaccard's, of the sets of four characters in a row; what names other numbers is not similar. Sources: Broder 1997; Leskovec,
+Rajaraman, Ullman, chapter 3; MinHash is rensa's. Does not know: files.
 """
 
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ _RECALL = 0.995
 """Share of pairs exactly at the threshold that hashing must find."""
 _CANDIDATES = 64
 """Earlier pairs that a pair is compared with, at most: those of the lowest numbers."""
+_NUMBERS = re.compile(r"\w*\d\w*")
 _CACHE_KIB = 1 << 16
 _BATCH = 256
 """Examples hashed together; of no effect on the result."""
@@ -54,7 +56,9 @@ def sift(examples: Iterable[MShotExample], database: Path, settings: FilterSetti
 
 
 def similarity(first: str, second: str) -> float:
-    """Return the Jaccard similarity of the four-character sequences of two texts, as `shingles` makes them."""
+    """Return the Jaccard similarity of the four-character sequences of two texts; 0 where they name different numbers."""
+    if set(_NUMBERS.findall(first)) != set(_NUMBERS.findall(second)):
+        return 0.0
     one, two = shingles(first), shingles(second)
     return len(one & two) / len(one | two)
 

@@ -109,7 +109,7 @@ def _pair(chunk: str, layout: PairLayout) -> InstructionPair:
         rationale, found, answer = (part.strip() for part in answer.rpartition(layout.therefore))
         if not found:
             raise _NoPair("no answer after the rationale")
-        answer = answer.lstrip(":：,，").strip()
+        answer = answer.removeprefix(":").removeprefix("：").strip()
     if not question or not answer or rationale == "":
         raise _NoPair("empty question or answer")
     return InstructionPair(question=question, answer=answer, kind=kind_of(options, rationale), options=options, rationale=rationale)
@@ -160,7 +160,7 @@ def written_question(pair: InstructionPair, layout: PairLayout, *, marker: bool 
 def read_answer(text: str, layout: PairLayout) -> str:
     """Return the answer at the beginning of a completion that a question alone was answered with; after a rationale, where there is one."""
     answer = text.partition(layout.end)[0].strip().removeprefix(layout.answer).strip()
-    return answer.rpartition(layout.therefore)[2].lstrip(":：,，").strip() if layout.therefore in answer else answer
+    return answer.rpartition(layout.therefore)[2].strip(" :：\n") if layout.therefore in answer else answer
 
 
 def _written(pair: InstructionPair, layout: PairLayout) -> str:

@@ -31,9 +31,10 @@ from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, tak
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
 from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.prompts import fit, load_prompts
+from megatron_instruct.synthesis.report import ReportOptions, read_answers, write_report
 from megatron_instruct.synthesis.schedule import Usage
 from megatron_instruct.synthesis.second_pass import load_checks
-from megatron_instruct.synthesis.shard import read_shard
+from megatron_instruct.synthesis.shard import TIMING, read_shard
 from megatron_instruct.synthesis.worker import INTAKE, Assignment, Report, ShardPlan
 from megatron_instruct.tokenizer import load_tokenizer
 
@@ -60,6 +61,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
         if isinstance(place.prepared, Manifest):
             print(f"Finished already: {config.output_dir}.")
             if share is None:
+                _report(job, place.prepared)
                 shutil.rmtree(job.folder, ignore_errors=True)
             return place.prepared
         plan = ShardPlan(columns=ColumnPlan(place.prepared.texts, config.rounds), size=config.shard_size)
@@ -69,6 +71,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
             return None
         done = _merge(job, [job.shard(number) for number in range(len(plan))], place.prepared)
         write_manifest(manifest_file, done)
+        _report(job, done)
         shutil.rmtree(job.folder)
     _print_summary(config, done, seconds=time.monotonic() - started)
     return done
@@ -235,6 +238,21 @@ def _merge(job: _Job, shards: Sequence[Path], taken: IntakeSummary) -> Manifest:
         rejected=dict(sorted(rejected.items())),
         facts={"model": job.model, "prompt_format": job.prompt_format.name, "synthesizer": job.synthesizer},
     )
+
+
+def _report(job: _Job, manifest: Manifest) -> None:
+    config = job.config
+    if config.report is None:
+        return
+    options = ReportOptions(
+        output_dir=config.output_dir,
+        tokenizer=load_tokenizer(config.tokenizer_folder),
+        answers=read_answers(job.folder.glob(f"*/{TIMING}")),
+        examples=config.report_examples,
+        seed=config.seed,
+    )
+    write_report(config.report, manifest, options)
+    print(f"Report: {config.report}")
 
 
 def _print_summary(config: SynthesizeConfig, manifest: Manifest, *, seconds: float) -> None:

@@ -1,11 +1,19 @@
 """Filters: each keeps what is good, and drops what is bad for its own reason."""
 
+import dataclasses
+import json
+import random
+from pathlib import Path
+
 import pytest
 
-from megatron_instruct.errors import ConfigError
+from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.records import InstructionPair
-from megatron_instruct.synthesis.filter_settings import FilterSettings
+from megatron_instruct.synthesis.contamination import Contamination, Overlap
+from megatron_instruct.synthesis.filter_rules import FILTERS
+from megatron_instruct.synthesis.filter_settings import DEFAULT_FILTERS, STAGES, FilterSettings
 from megatron_instruct.synthesis.filters import Filters
+from megatron_instruct.synthesis.second_pass import CHECKS
 
 TEXT = (
     "kluge\n\nA kluge is a clumsy repair that works for the wrong reasons. Hackers write kluges when a deadline is near. "
@@ -75,6 +83,134 @@ def test_a_language_without_spaces_is_measured_too() -> None:
     assert reasons(pair("水在多少度沸腾？", "零下三十华氏度"), text=text, language="zh", min_relevance=0.3) == [
         "answer not grounded in the text"
     ]
+
+
+def test_the_measure_of_a_drop_is_told() -> None:
+    (dropped,) = Filters(FilterSettings(), language="en").keep([BAD["answer not grounded in the text"]], TEXT)[1]
+    assert dropped.detail == "0.00 of its 3 n-grams"
+
+
+def test_longer_ngrams_ground_only_what_stands_together() -> None:
+    scattered = pair("What do hackers repair?", "A clumsy deadline, wrong navy device.")
+    together = pair("What do hackers write?", "A kluge is a clumsy repair that works.")
+    assert reasons(scattered, together, filters=("grounding",)) == []
+    assert reasons(scattered, together, filters=("grounding",), grounding_ngram=2) == ["answer not grounded in the text"]
+
+
+def test_of_a_chain_of_thought_the_steps_are_grounded_and_not_the_result() -> None:
+    steps = InstructionPair(question="How long?", answer="60 years", rationale="The navy of the 1940s.", kind="chain_of_thought")
+    assert reasons(steps, filters=("grounding",)) == []
+    assert reasons(dataclasses.replace(steps, rationale="Elephants live long lives."), filters=("grounding",)) != []
+
+
+def test_none_of_the_options_may_be_right() -> None:
+    assert reasons(pair("What is a kluge?", "None of these", "a boat", "a rope"), filters=("answer", "options")) == []
+
+
+GERMAN = "Ein Notbehelf ist eine ungeschickte Lösung, die aus den falschen Gründen funktioniert. Hacker bauen sie, wenn die Zeit knapp ist."
+CHINESE = "权宜之计是一种笨拙的修补，它能用，但理由不对。黑客在截止日期临近时写这样的东西。"
+RUSSIAN = "Костыль это неуклюжая починка, которая работает не по той причине. Её пишут, когда времени уже не осталось."
+IN_ANOTHER = [
+    (TEXT, "Was ist ein Kluge?", "Eine Lösung, die nicht schön ist und sich nicht lohnt.", "question in another language"),
+    (TEXT, "What is a kluge?", "Eine ungeschickte Lösung, die nicht schön ist.", "answer in another language"),
+    (TEXT, "什么是权宜之计？", "A clumsy repair.", "question in another language"),
+    (GERMAN, "What is a Notbehelf and how does it work?", "Eine ungeschickte Lösung.", "question in another language"),
+    (GERMAN, "Was ist ein Notbehelf?", "Eine ungeschickte Lösung.", None),
+    (GERMAN, "Notbehelf?", "Hacker", None),
+    (CHINESE, "What is it?", "一种笨拙的修补", "question in another language"),
+    (CHINESE, "什么是权宜之计？", "A clumsy repair.", "answer in another language"),
+    (CHINESE, "什么是权宜之计？", "一种笨拙的修补", None),
+    (CHINESE + "HTTP", "HTTP是什么？", "HTTP", None),
+    (RUSSIAN, "Что такое костыль?", "Неуклюжая починка.", None),
+    (RUSSIAN, "What is that?", "Неуклюжая починка.", "question in another language"),
+    (TEXT, "What did the navy call it?", "Kluge", None),
+    (TEXT, "Which year?", "1940", None),
+    (
+        "The German word der Notbehelf, die Lösung und das Werk are nouns of the tongue.",
+        "Which noun is it?",
+        "der Notbehelf, die Lösung",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "question", "answer", "reason"), IN_ANOTHER)
+def test_a_pair_is_in_the_language_of_its_text(text: str, question: str, answer: str, reason: str | None) -> None:
+    assert reasons(pair(question, answer), text=text, filters=("language",)) == ([] if reason is None else [reason])
+
+
+def test_a_pair_that_repeats_an_evaluation_is_dropped_with_the_ngram_and_the_file(tmp_path: Path) -> None:
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"id": 7, "doc": {"question": f"{WORDS}?", "choices": ["yes", "no"]}}) + "\n")
+    (tmp_path / "task.yaml").write_text("- few: [One two three four five six seven]\n")
+    settings = FilterSettings(decontaminate=(str(tmp_path / "exam.jsonl"), str(tmp_path / "task.yaml")), filters=("contamination",))
+    filters = Filters(settings, language="en")
+    copied = pair(f"Say: {WORDS.upper()}, and why?", "yes")
+    whole = pair("Which?", "one, two three - four five (six) seven eight")
+    near = pair(WORDS.replace("g ", "x "), "no")
+    kept, dropped = filters.keep([copied, whole, near], TEXT)
+    assert kept == [near]
+    assert [piece.detail for piece in dropped] == [
+        f"exam.jsonl: {' '.join(WORDS.split()[:13])}",
+        "task.yaml: one two three four five six seven",
+    ]
+
+
+WORDS = "a b c d e f g h i j k l m n o p"
+
+
+def test_any_window_of_thirteen_words_is_found_and_none_of_twelve(tmp_path: Path) -> None:
+    path = tmp_path / "exam.txt"
+    path.write_text(" ".join(f"word{number}" for number in range(40)))
+    found = Contamination([path], 13)
+    for start in range(28):
+        window = [f"word{number}" for number in range(start, start + 13)]
+        assert found.find(f"x {' '.join(window)} y") == Overlap(" ".join(window), "exam.txt")
+        assert found.find(f"x {' '.join(window[:12])} y") is None
+    assert found.find("") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"a": "cut', "broken JSON"), ('{"a": "short"}', "no text in it has 6 words"), ("", "empty file")]
+)
+def test_an_evaluation_file_that_cannot_be_used_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "exam.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        Filters(FilterSettings(decontaminate=(str(path),)), language="en")
+    assert str(path) in str(caught.value)
+
+
+def test_the_default_filters_can_be_named_together_and_added_to() -> None:
+    assert FilterSettings(filters=("default", "near_duplicate")).names == (*DEFAULT_FILTERS, "near_duplicate")
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (("near_duplicate", "length"), "change the order"),
+        (("judge", "default"), "come after those that look at a pair alone"),
+        (("default", "length"), "'length' is named 2 times"),
+        (("lenght",), "did you mean 'length'"),
+    ],
+)
+def test_a_list_of_filters_that_cannot_be_worked_off_is_refused(filters: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FilterSettings(filters=filters)
+
+
+def test_every_filter_of_the_list_has_its_function() -> None:
+    assert tuple(FILTERS) == DEFAULT_FILTERS == STAGES[0]
+    assert tuple(CHECKS) == STAGES[1]
+
+
+def test_pairs_given_are_pairs_kept_and_dropped() -> None:
+    for seed in range(300):
+        draw = random.Random(seed)
+        words = [*TEXT.split(), "photon", "？", "漢字", "wird und nicht", "\u2060", "a", "1940"]
+        given = [pair(*(" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(draw.randint(2, 4)))) for _ in range(6)]
+        kept, dropped = Filters(FilterSettings(), language=draw.choice(["en", "zh", "xx"])).keep(given, TEXT)
+        assert len(kept) + len(dropped) == len(given)
+        assert all(piece.reason for piece in dropped)
 
 
 def test_filters_are_those_that_are_named_in_their_order() -> None:

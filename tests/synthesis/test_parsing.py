@@ -1,5 +1,9 @@
 """Parsing of completions: four kinds of pairs, and a reason for whatever is dropped."""
 
+import json
+import random
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +15,7 @@ from megatron_instruct.synthesis.prompt_format import load_prompt_format
 
 MARKERS = load_prompt_format("instruction-synthesizer").pair
 CHAT = load_prompt_format("chat").pair
+CHINESE = load_prompt_format("chat-zh").pair
 
 
 def test_pairs_are_written_with_the_exact_markers_and_blanks() -> None:
@@ -91,12 +96,38 @@ def test_written_pairs_are_read_back(given_pairs: list[InstructionPair], layout:
     assert [piece.reason for piece in parsed.dropped] == ([] if given_pairs else ["empty completion"])
 
 
-@settings(deadline=None)
-@given(st.lists(st.sampled_from(["<QUE>", "<ANS>", "</END>", "word", " ", "\n", "\u2060"]), max_size=30).map("".join))
-def test_nothing_visible_of_a_completion_is_lost(completion: str) -> None:
-    parsed = parse_pairs(completion, MARKERS, stopped=True)
-    seen = "".join(pair.question + pair.answer for pair in parsed.pairs) + "".join(piece.content for piece in parsed.dropped)
-    assert seen.count("word") == completion.count("word")
+COMPLETIONS = 2000
+GARBAGE = [
+    "<QUE>", "<ANS>", "</END>", "<QUE> ", " <ANS> ", " </END>\n\n", "<QUE", "ANS>", "</EN", "Question:", "Answer:", "\n\n",
+    "问题：", "回答：", "\nOptions:\n- ", "\n- ", "\nLet's think step by step.", "\nTherefore, the answer is", " ", "\n", "\t",
+    "\u2060", "\u200b", "\x00", "\ud800", "\udc00", "\ufeff", "🙂", "e\u0301", "漢", "{}", "null", "- ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [MARKERS, CHAT, CHINESE], ids=["markers", "chat", "chat-zh"])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_every_piece_of_any_completion_is_a_pair_or_is_dropped(layout: PairLayout, stopped: bool) -> None:
+    """Words are numbered, so that each must be met again exactly once, in a pair or in what was dropped for a reason."""
+    for seed in range(COMPLETIONS):
+        draw = random.Random(seed)
+        parts = [draw.choice(GARBAGE) if draw.random() < 0.7 else f" w{number}w " for number in range(draw.randint(0, 24))]
+        completion = "".join(parts)
+        parsed = parse_pairs(completion, layout, stopped=stopped)
+        assert parsed.pairs or parsed.dropped, "a completion that holds nothing is dropped itself"
+        fields = [text for pair in parsed.pairs for text in (pair.question, pair.answer, pair.rationale or "", *pair.options)]
+        seen = " ".join([*fields, *(piece.content for piece in parsed.dropped)])
+        assert sorted(re.findall(r"w\d+w", seen)) == sorted(re.findall(r"w\d+w", completion))
+        assert all(piece.reason for piece in parsed.dropped)
+        assert all(pair.question.strip() and pair.answer.strip() for pair in parsed.pairs)
+        chunks = completion.split(layout.end)
+        visible = sum(bool(chunk.strip()) for chunk in chunks) if layout.complete_at_stop else len(chunks) - 1 + bool(chunks[-1].strip())
+        assert len(parsed.pairs) + len(parsed.dropped) == max(visible, 1)
+        json.dumps([*fields, seen], ensure_ascii=False).encode()
+
+
+def test_half_of_a_surrogate_pair_is_replaced_since_no_file_could_hold_it() -> None:
+    (pair,) = parse_pairs("<QUE> Why \ud83d? <ANS> \ud83d\ude42 </END>", MARKERS, stopped=True).pairs
+    assert (pair.question, pair.answer) == ("Why \ufffd?", "🙂")
 
 
 @settings(deadline=None)
