@@ -17,6 +17,7 @@ import jinja2
 import psutil
 from stages import HERE, QuickstartConfig, Stage
 
+import megatron_instruct
 from megatron_instruct import __version__
 from megatron_instruct.evaluation.comparison import Comparison, compare
 from megatron_instruct.evaluation.config import PERPLEXITY
@@ -47,9 +48,8 @@ class Results:
 def write_report(config: QuickstartConfig, stages: Sequence[Stage], times: Mapping[str, Any]) -> Path:
     """Write OUTPUT_DIR/report.html and return its path."""
     results = _read(config)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False).from_string(
-        (HERE / "report.html.j2").read_text(encoding="utf-8")
-    )
+    loader = jinja2.FileSystemLoader([HERE, Path(megatron_instruct.__file__).parent])
+    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template("report.html.j2")
     total = sum(entry["seconds"] for entry in times.values())
     page = template.render(
         corpus_name=config.corpus.name,
