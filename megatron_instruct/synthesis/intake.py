@@ -25,7 +25,8 @@ from megatron_instruct.synthesis.sentences import split_to_fit
 
 TEXTS, OFFSETS, SUMMARY = "texts.jsonl", "offsets.bin", "summary.json"
 _OFFSET = struct.Struct("<Q")
-_CACHE_KIB = 1 << 16
+_JSON = json.JSONEncoder(ensure_ascii=False)
+_CACHE_KIB = 1 << 12
 """Memory for the ids."""
 
 
@@ -84,7 +85,7 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
                 else:
                     counts["texts"] += 1
                     offsets.write(_OFFSET.pack(end))
-                    end += texts.write(json.dumps({"id": one.id, "text": one.text}, ensure_ascii=False).encode() + b"\n")
+                    end += texts.write(_JSON.encode({"id": one.id, "text": one.text}).encode() + b"\n")
         offsets.write(_OFFSET.pack(end))
         summary = IntakeSummary(
             records=counts["records"], split=counts["split"], texts=counts["texts"], rejected=dict(sorted(rejected.items()))

@@ -25,10 +25,10 @@ class VllmEngine:
             raise MissingPackageError("vllm", extra="synthesis", purpose="engine=vllm") from error
         self._settings, self._vllm = settings, vllm
         try:
-            self._llm: Any = vllm.LLM(**_arguments(settings, on_cpu=on_cpu))
+            self.llm: Any = vllm.LLM(**_arguments(settings, on_cpu=on_cpu))
         except (ValueError, RuntimeError, OSError) as error:
             raise EngineError(f"vLLM could not load {settings.model}: {_first_line(error)}") from error
-        self._engine: Any = self._llm.llm_engine
+        self._engine: Any = self.llm.llm_engine
         manager = self._engine.engine_core.engine_core.structured_output_manager
         manager._use_async_grammar_compilation = False  # vLLM 0.32: its threads would decide which step a request enters
         self.capacity = settings.in_flight or int(self._engine.vllm_config.scheduler_config.max_num_seqs)
@@ -58,7 +58,7 @@ class VllmEngine:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._engine.engine_core.shutdown()
-        del self._llm, self._engine
+        del self.llm, self._engine
         cleanup_dist_env_and_memory()
 
     def _sampling(self, request: Request) -> Any:
