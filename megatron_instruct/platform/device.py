@@ -58,17 +58,19 @@ def current() -> Machine:
     return Machine(kind="cpu", backend="gloo", device=torch.device("cpu"))
 
 
-def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None) -> Machine:
+def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None, keep_freed_memory: bool = True) -> Machine:
     """Join the process group, once, and make megatron-core able to run here.
 
     threads: CPU threads of this process; by default OMP_NUM_THREADS, else the cores of the machine divided by its processes.
+    keep_freed_memory: whether what a step frees is kept for the next one, on the CPU; not for work that must stay within a bound.
     """
     machine = current()
     if machine.is_cuda:
         torch.cuda.set_device(machine.device)
     else:
         torch.set_num_threads(threads or default_threads())
-        _keep_freed_memory()
+        if keep_freed_memory:
+            _keep_freed_memory()
         cpu_seam.install()
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -78,6 +80,11 @@ def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None) -> 
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(machine.backend, timeout=timeout, store=store, rank=0, world_size=1)
     return machine
+
+
+def compute_capability(machine: Machine) -> tuple[int, int] | None:
+    """Return the compute capability of this process's GPU, such as (9, 0); None on a CPU."""
+    return torch.cuda.get_device_capability(machine.device) if machine.is_cuda else None
 
 
 def default_threads() -> int:

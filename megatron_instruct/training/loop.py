@@ -11,11 +11,12 @@ from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
-from megatron_instruct.platform.device import Machine
+from megatron_instruct.platform.device import Machine, compute_capability
 from megatron_instruct.training import checkpoint
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets
 from megatron_instruct.training.documents import Batch
+from megatron_instruct.training.fp8 import check_fp8, fp8_fields
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_instruct.training.plan import BatchPlan
@@ -56,13 +57,17 @@ def build_run(
     identity: dict[str, Any],
 ) -> Run:
     """Build model, optimizer and data on this rank, and read the checkpoint to start from."""
+    tokens = (
+        config.batch.micro_batch_size * config.batch.seq_length // (layout.context * (layout.tensor if layout.sequence_parallel else 1))
+    )
+    check_fp8(config.fp8, start.architecture, layout, tokens=tokens, capability=compute_capability(machine))
     join_model_parallel_groups(layout, seed=config.batch.seed)
     options = BuildOptions(
         dtype="bf16" if config.parallel.bf16 else "fp32",
         seed=config.batch.seed,
         recompute=config.parallel.recompute_granularity,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        transformer_config=config.model.extra_settings,
+        transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
     )
     models = build_model(start.architecture, layout, machine, options)
     if start.path is not None and not start.resumes:

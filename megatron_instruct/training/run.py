@@ -111,7 +111,7 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     machine = device.initialize(timeout_minutes=config.parallel.distributed_timeout_minutes, threads=config.parallel.num_threads)
     first = torch.distributed.get_rank() == 0
     parts = build_run(config, start, layout, plan, sources, machine, identity)
-    peak = device.peak_flops(machine, "bf16" if config.parallel.bf16 else "fp32")
+    peak = device.peak_flops(machine, "fp8" if config.fp8.fp8_format else "bf16" if config.parallel.bf16 else "fp32")
     size = RunSize(
         train_iters=plan.train_iters,
         tokens_per_iteration=plan.global_batch_size * config.batch.seq_length,

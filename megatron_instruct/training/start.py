@@ -13,6 +13,7 @@ from megatron_instruct.models.checkpoint_folder import latest_iteration, read_de
 from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.config import BatchOptions, ModelOptions, PretrainConfig
+from megatron_instruct.training.fp8 import fp8_fields
 
 _DIMENSIONS = (
     "family",
@@ -121,6 +122,7 @@ def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) ->
         "role_weights": dict(config.data.role_weights),
         **{name: getattr(batch, name) for name in _RESULT_SETTINGS},
         "dtype": "bf16" if config.parallel.bf16 else "fp32",
+        "fp8": fp8_fields(config.fp8),
         # not a matter of the result, but megatron-core 0.19.2 reads no optimizer state that the other kind of optimizer wrote
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "load": None if config.checkpoint.load is None else str(config.checkpoint.load),

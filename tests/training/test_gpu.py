@@ -82,6 +82,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole: tuple[Path, str, tup
         assert (mine_saved[name] - theirs_saved[name]).norm() <= 0.01 * theirs_saved[name].norm(), name
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_learns_as_bf16_does(recipe: str, launch: Launch, tmp_path: Path) -> None:
+    least = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}[recipe]
+    if torch.cuda.get_device_capability(0) < least:
+        pytest.skip(f"{recipe} needs compute capability {least}")
+    launch(1, tmp_path / "fp8", "--fp8-format", "hybrid", "--fp8-recipe", recipe)
+    launch(1, tmp_path / "bf16")
+    found, wanted = read_metrics(tmp_path / "fp8").training, read_metrics(tmp_path / "bf16").training
+    assert [row[1] for row in found] != [row[1] for row in wanted], "FP8 was used"
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine[1] == pytest.approx(theirs[1], abs=0.1)
+
+
+def test_attention_within_documents_on_a_gpu(launch: Launch, tmp_path: Path) -> None:
+    launch(1, tmp_path / "within", "--reset-attention-mask", "--micro-batch-size", 2)
+    launch(1, tmp_path / "one by one", "--reset-attention-mask", "--micro-batch-size", 1)
+    launch(1, tmp_path / "across")
+    within, single, across = (read_metrics(tmp_path / name).training for name in ("within", "one by one", "across"))
+    assert within[0][1] == pytest.approx(single[0][1], abs=0.01)
+    assert abs(within[0][1] - across[0][1]) > 1e-4
+
+
 @pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
 def test_two_tensor_ranks_train_the_model_of_one_process(launch: Launch, tmp_path: Path) -> None:
     printed = launch(2, tmp_path / "tensor", *TENSOR, "--sequence-parallel").stdout

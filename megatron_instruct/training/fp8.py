@@ -1,0 +1,70 @@
+"""The settings of FP8 -> fields of megatron-core's TransformerConfig, and what a machine must be able to do.
+
+Source: Transformer Engine 2.x, "Using FP8" (compute capabilities), megatron-core 0.19.2 (fields). Does not know: torch.
+"""
+
+from typing import Any
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.training.config import Fp8Options
+
+Capability = tuple[int, int]
+_NEEDS: dict[str, tuple[Capability, str]] = {
+    "delayed": ((8, 9), "Ada or Hopper"),
+    "tensorwise": ((8, 9), "Ada or Hopper"),
+    "blockwise": ((9, 0), "Hopper"),
+    "mxfp8": ((10, 0), "Blackwell"),
+}
+"""The least compute capability, and the kind of GPU that has it first."""
+_MULTIPLE, _MXFP8_MULTIPLE = 16, 32
+
+
+def fp8_fields(options: Fp8Options) -> dict[str, Any]:
+    """Return what TransformerConfig is to be given; nothing without FP8."""
+    if options.fp8_format is None:
+        return {}
+    fields: dict[str, Any] = {"fp8": options.fp8_format, "fp8_recipe": options.fp8_recipe}
+    if options.fp8_recipe == "delayed":
+        fields |= {
+            "fp8_amax_history_len": options.fp8_amax_history_len,
+            "fp8_amax_compute_algo": options.fp8_amax_compute_algo,
+            "fp8_margin": options.fp8_margin,
+        }
+    if options.first_last_layers_bf16:
+        fields |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": options.num_layers_at_start_in_bf16,
+            "num_layers_at_end_in_bf16": options.num_layers_at_end_in_bf16,
+        }
+    return fields
+
+
+def check_fp8(
+    options: Fp8Options, architecture: Architecture, layout: ParallelLayout, *, tokens: int, capability: Capability | None
+) -> None:
+    """Raise ConfigError for what this machine or these sizes cannot do.
+
+    tokens: of one microbatch on one rank. capability: compute capability of the GPU; None without one.
+    """
+    if options.fp8_format is None:
+        return
+    least, kind = _NEEDS[options.fp8_recipe]
+    if capability is None or capability < least:
+        found = "there is no GPU" if capability is None else f"this GPU has {capability[0]}.{capability[1]}"
+        raise ConfigError(
+            f"fp8_format={options.fp8_format} with fp8_recipe={options.fp8_recipe} needs a GPU of compute capability "
+            f"{least[0]}.{least[1]} ({kind}) or newer, and {found}; drop fp8_format, or take another recipe."
+        )
+    multiple = _MXFP8_MULTIPLE if options.fp8_recipe == "mxfp8" else _MULTIPLE
+    sizes = {
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size / tensor_model_parallel_size": architecture.ffn_hidden_size // layout.tensor,
+        "micro_batch_size * seq_length of one rank": tokens,
+    }
+    for name, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"{name} = {size} is not a multiple of {multiple}, as FP8 products with fp8_recipe={options.fp8_recipe} need; change it."
+            )
