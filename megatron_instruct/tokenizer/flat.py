@@ -1,14 +1,14 @@
 """Ids of many texts as one array, and which bytes of its text each token stands for.
 
-Comes in: ids, and the bytes that each id of the vocabulary spells. Goes out: `FlatTokens`. A token's bytes are never guessed: the bytes
-that the tokens spell are compared with those of the text, and where they differ (a normalizer changed the text, or a token stands for
-what is not in the vocabulary) the tokenizer's library is asked for its offsets into the original text. Does not know: any library.
+Comes in: ids, and the bytes that each id of the vocabulary spells. Goes out: `FlatTokens`. A token's bytes are never guessed: what the
+tokens spell is compared with the text, and where it differs (a normalizer changed the text, or a token stands for what is not in the
+vocabulary) the tokenizer's library is asked for its offsets into the original text. Does not know: any library.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 Ends = npt.NDArray[np.int64]
 NO_TEXT = b"\xff"
 """What an id spells that stands for no text, such as an unknown or a control token. Occurs in no UTF-8."""
+_OTHER = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,40 +41,53 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Spelling:
     """The bytes that each id spells; NO_TEXT for an id that stands for none."""
 
     pieces: Sequence[bytes]
     sizes: Ends
     """Of the pieces, in bytes."""
+    prefix: int | None
+    """Bytes that the tokenizer puts before a text that it changes in no other way; None where it may change it.
+
+    Where it is known, tokens spell a byte too many nowhere else: an id without text counts for one byte, and a character that is
+    written like a space for that space. So tokens whose sizes add up spell their text, and the bytes need not be compared.
+    """
 
     @classmethod
-    def of(cls, pieces: Sequence[bytes]) -> "Spelling":
-        return cls(pieces, np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
+    def of(cls, pieces: Sequence[bytes], *, prefix: int | None) -> "Spelling":
+        return cls(pieces=pieces, sizes=np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)), prefix=prefix)
 
     def with_ends(self, texts: Sequence[str], tokens: FlatTokens, from_library: Callable[[str], Ends]) -> FlatTokens:
         """Return the tokens with where each ends in its text, in bytes.
 
         from_library: called with a text whose tokens spell something else, to return the ends of its tokens.
         """
-        ends = np.cumsum(self.sizes[tokens.ids], dtype=np.int64)
-        pieces = list(map(self.pieces.__getitem__, tokens.ids.tolist()))
-        start = before = 0
-        for text, count in zip(texts, tokens.lengths.tolist(), strict=True):
-            if not count:
-                continue
-            stop = start + count
-            content, spelled = text.encode(), b"".join(pieces[start:stop])
-            through = int(ends[stop - 1])
-            if spelled == content:
-                ends[start:stop] -= before
-            elif spelled[:1] == b" " and spelled[1:] == content:  # the space that many tokenizers put before a text
-                ends[start:stop] -= before + 1
-            else:
-                ends[start:stop] = from_library(text)
-            start, before = stop, through
+        bounds = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))
+        through = np.concatenate(([0], np.cumsum(self.sizes[tokens.ids])))
+        before, spelled = through[bounds[:-1]], np.diff(through[bounds])
+        if self.prefix is None:
+            extra = self._compared(texts, tokens, bounds)
+        else:
+            sizes = np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
+            extra = np.where(spelled == sizes + self.prefix, self.prefix, _OTHER)
+        ends = through[1:] - np.repeat(before + extra, tokens.lengths)
+        for place in np.flatnonzero((extra == _OTHER) & (tokens.lengths > 0)).tolist():
+            ends[bounds[place] : bounds[place + 1]] = from_library(texts[place])
         return dataclasses.replace(tokens, ends=ends)
+
+    def _compared(self, texts: Sequence[str], tokens: FlatTokens, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many bytes each text's tokens spell before the text, byte by byte the same; _OTHER where they spell something else."""
+        pieces = list(map(self.pieces.__getitem__, tokens.ids.tolist()))
+        extra = np.full(len(texts), _OTHER, dtype=np.int64)
+        for place, (text, (start, stop)) in enumerate(zip(texts, itertools.pairwise(bounds.tolist()), strict=True)):
+            content, spelled = text.encode(), b"".join(pieces[start:stop])
+            if spelled == content:
+                extra[place] = 0
+            elif spelled[:1] == b" " and spelled[1:] == content:  # the space that many tokenizers put before a text
+                extra[place] = 1
+        return extra
 
 
 def piece_bytes(piece: str) -> bytes:
@@ -108,5 +122,5 @@ def flat_tokens(ids: Sequence[Sequence[int]] | Sequence[npt.NDArray[Any]], vocab
     if ids and isinstance(ids[0], np.ndarray):
         flat = np.concatenate(ids).astype(dtype)
     else:
-        flat = np.fromiter(chain.from_iterable(ids), dtype=dtype, count=int(lengths.sum(dtype=np.int64)))
+        flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=dtype, count=int(lengths.sum(dtype=np.int64)))
     return FlatTokens(ids=flat, lengths=lengths, ends=None)

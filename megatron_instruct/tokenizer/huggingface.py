@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         bos = names.get("bos_token")
         self.bos: int | None = vocabulary.get(bos) if bos else None
         content: dict[str, Any] = read_json(file)
-        self.spelling = Spelling.of(_pieces(vocabulary, self.vocab_size, byte_level=_is_byte_level(content)))
+        self.spelling = Spelling.of(_pieces(content, vocabulary, self.vocab_size), prefix=_prefix(content))
         self.fingerprint = fingerprint(_what_decides_ids(content), self.eod)
 
     def encode(self, text: str) -> list[int]:
@@ -65,20 +65,48 @@ class HuggingFaceTokenizer:
         return text
 
 
+_PREPENDED = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+"""The normalizers of a converted sentencepiece model that changes no text."""
+
+
+def _steps(content: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the normalizers or pre-tokenizers of a tokenizer, those of a sequence one by one."""
+    step: dict[str, Any] | None = content.get(key)
+    if step is None:
+        return []
+    parts: list[dict[str, Any]] = step[{"normalizer": "normalizers"}.get(key, "pretokenizers")] if step["type"] == "Sequence" else [step]
+    return parts
+
+
 def _is_byte_level(content: dict[str, Any]) -> bool:
     """Say whether the vocabulary writes each byte as one of 256 letters, as GPT-2's does."""
     return '"ByteLevel"' in json.dumps([content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
 
 
-def _pieces(vocabulary: dict[str, int], vocab_size: int, *, byte_level: bool) -> list[bytes]:
+def _prefix(content: dict[str, Any]) -> int | None:
+    """Return the bytes put before a text that is changed in no other way; None where it is not certain that there is no other."""
+    if content["model"].get("type") != "BPE":
+        return None
+    normalizers, cuts = _steps(content, "normalizer"), _steps(content, "pre_tokenizer")
+    kinds = [cut["type"] for cut in cuts]
+    if not normalizers and kinds[-1:] == ["ByteLevel"] and {*kinds} <= {"ByteLevel", "Split", "Digits"}:
+        return None if any(cut.get("add_prefix_space") for cut in cuts) else 0
+    added = any(not token["special"] for token in content.get("added_tokens") or ())  # each would begin another prefixed piece of text
+    return 1 if normalizers == _PREPENDED and not cuts and not added else None
+
+
+def _pieces(content: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes]:
     """Return the bytes that each id spells, as far as the vocabulary says so."""
     pieces = [NO_TEXT] * vocab_size
-    letters = byte_letters() if byte_level else {}
+    letters = byte_letters() if _is_byte_level(content) else {}
     for token, number in vocabulary.items():
-        if byte_level and all(letter in letters for letter in token):
+        if letters and all(letter in letters for letter in token):
             pieces[number] = bytes(letters[letter] for letter in token)
         else:
             pieces[number] = piece_bytes(token)
+    unknown = content["model"].get("unk_token")
+    if isinstance(unknown, str) and unknown in vocabulary:
+        pieces[vocabulary[unknown]] = NO_TEXT
     return pieces
 
 

@@ -5,6 +5,7 @@ Comes in: the .model file. Goes out: a `Tokenizer`. Does not know: other librari
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class SentencePieceTokenizer:
         self.eod = eod_id(pieces, eod_token or (self._processor.id_to_piece(eos) if eos >= 0 else None), file)
         bos = self._processor.bos_id()
         self.bos: int | None = bos if bos >= 0 else None
-        self.spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)])
+        self.spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)], prefix=_prefix(content))
         self.fingerprint = fingerprint(content, self.eod)
 
     def _bytes_of(self, number: int) -> bytes:
@@ -64,3 +65,16 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text
+
+
+def _prefix(content: bytes) -> int | None:
+    """Return the bytes put before a text that is changed in no other way, None where it is, or where protobuf is not there to tell."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        return None
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(content)
+    spec = model.normalizer_spec
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
+        return None
+    return None if model.trainer_spec.treat_whitespace_as_suffix else int(spec.add_dummy_prefix)

@@ -41,7 +41,7 @@ class TikTokenizer:
         pieces = [NO_TEXT] * self.vocab_size
         for token, number in vocabulary.ranks.items():
             pieces[number] = token
-        self.spelling = Spelling.of(pieces)
+        self.spelling = Spelling.of(pieces, prefix=0)
         self._special = {number: name.encode() for name, number in special.items()}
         self.fingerprint = fingerprint(_what_decides_ids(vocabulary), self.eod)
 

@@ -1,5 +1,6 @@
 """Flat encoding: the ids of single texts in one array, and tokens mapped to the bytes of the ORIGINAL text."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -28,6 +29,7 @@ TEXTS = [
     "カタカナ ﾊﾝｶｸ 한국어 العربية ไทย",
     "x",
     " ",
+    "<0x0A><0xE6><unk>",
 ] * 3
 TRAINING = [text for text in TEXTS if text.strip()] * 20
 BYTE_EXACT = {"byte-level", "metaspace", "mistral-v1", "words"}
@@ -160,6 +162,20 @@ def test_tokens_share_out_the_whole_text(tokenizer: Tokenizer) -> None:
     for text, (ids, ends) in zip(TEXTS, split(tokenizer, TEXTS), strict=True):
         assert ends == sorted(ends)
         assert ends[-1:] == ([len(text.encode())] if ids else [])
+
+
+def test_added_sizes_and_compared_bytes_give_the_same_ends(tokenizer: Tokenizer) -> None:
+    """Where a tokenizer is known to leave texts as they are, sizes are added up; the slower way compares every byte."""
+    fast = tokenizer.encode_flat(TEXTS, ends=True).ends
+    slow_spelling = dataclasses.replace(tokenizer.spelling, prefix=None)  # type: ignore[attr-defined]
+    slow = slow_spelling.with_ends(TEXTS, tokenizer.encode_flat(TEXTS), tokenizer.ends_of).ends  # type: ignore[attr-defined]
+    assert fast is not None and fast.tolist() == slow.tolist()
+
+
+@pytest.mark.parametrize("kind", sorted(BYTE_EXACT))
+def test_unchanged_texts_are_known_to_be_unchanged(kind: str, tmp_path: Path) -> None:
+    expected = {"byte-level": 0, "metaspace": 1, "mistral-v1": 1, "words": 1}
+    assert load_tokenizer(MAKERS[kind](tmp_path)).spelling.prefix == expected[kind]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", sorted(BYTE_EXACT))

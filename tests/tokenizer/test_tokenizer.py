@@ -102,14 +102,37 @@ def test_sentencepiece_ids_are_those_of_sentencepiece(model_file: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.bos) == (340, reference.eos_id(), reference.bos_id())
 
 
-def test_mistral_v1_ids() -> None:
+def mistral_v1() -> Path:
     spec = importlib.util.find_spec("mistral_common")
-    if spec is None or spec.origin is None:
-        pytest.skip("mistral-common is not installed")
-    tokenizer = load_tokenizer(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
+    assert spec is not None and spec.origin is not None, "requirements/base.txt has mistral-common"
+    return Path(spec.origin).parent / "data" / "tokenizer.model.v1"
+
+
+def test_mistral_v1_ids() -> None:
+    tokenizer = load_tokenizer(mistral_v1())
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod) == (32000, 1, 2)
     assert tokenizer.encode("Hello, world") == [22557, 28725, 1526]
     assert 2 not in tokenizer.encode("a </s> b")
+
+
+def test_mistral_v1_ids_are_those_of_sentencepiece(jargon: list[dict[str, str]]) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_v1()))
+    nasty = [
+        "",
+        " ",
+        "\n\n\t \r\n",
+        "</s><s>[INST]<|endoftext|><0x0A>",
+        "▁ ▁▁",
+        "e\u0301ﬁ½",
+        "\0\x07\ufeff\u2028",
+        "漢字 한국어 😀👩‍👩‍👧𝄞",
+        "=" * 5000,
+    ]
+    texts = [*(row["text"] for row in jargon), *nasty]
+    flat = load_tokenizer(mistral_v1()).encode_flat(texts)
+    expected = reference.encode(texts)
+    assert flat.ids.tolist() == [number for ids in expected for number in ids]
+    assert flat.lengths.tolist() == [len(ids) for ids in expected]
 
 
 def test_fingerprint_follows_ids_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -166,3 +189,12 @@ sys.exit(" ".join(sorted({{"torch", "transformers"}} & sys.modules.keys())) or 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer.tiktoken", "tekken.json"])
+def test_files_that_hold_no_tokenizer_are_named_with_what_is_wrong(tmp_path: Path, name: str) -> None:
+    for content, reason in ((b"", "is empty; copy or download it again"), (b"\x80\x81 no tokenizer \xff", "is not ")):
+        (tmp_path / name).write_bytes(content)
+        for path in (tmp_path, tmp_path / name):
+            with pytest.raises(InputError, match=f"{name} {reason}"):
+                load_tokenizer(path)
