@@ -6,11 +6,14 @@ raw text -> (synthesis) -> M-shot example: one-shot examples in sequence, each a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import msgspec
 
 from megatron_instruct.errors import InputError
 
 PairKind = Literal["free_form", "options", "chain_of_thought", "options_chain_of_thought"]
+PAIR_KINDS = get_args(PairKind)
 Role = Literal["context", "instruction", "response", "glue"]
 TokenRole = Literal["context", "instruction", "response", "glue", "end_of_document", "padding"]
 """What a token of a data set is: the role of its characters, or one that was added."""
@@ -60,8 +63,8 @@ class InstructionPair:
         """where: file and line, named in the InputError of a value that is no pair."""
         value = _mapping(value, where)
         kind = value.get("kind", "free_form")
-        if kind not in get_args(PairKind):
-            raise InputError(f"{where}: pair kind {kind!r} is none of {', '.join(get_args(PairKind))}.")
+        if kind not in PAIR_KINDS:
+            raise InputError(f"{where}: pair kind {kind!r} is none of {', '.join(PAIR_KINDS)}.")
         options, rationale, provenance = value.get("options") or [], value.get("rationale"), value.get("provenance") or {}
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
             raise InputError(f"{where}: 'options' is {options!r}; it must be a list of strings.")
@@ -115,6 +118,25 @@ class MShotExample:
 
     @classmethod
     def from_json(cls, value: Any, *, where: str) -> "MShotExample":
+        """Raise InputError, which names `where` and the field, for a value that is no example."""
+        try:
+            example = msgspec.convert(value, cls)
+        except msgspec.ValidationError:
+            return cls._checked_from_json(value, where=where)
+        return example if example._is_complete() else cls._checked_from_json(value, where=where)
+
+    def _is_complete(self) -> bool:
+        """Whether there are shots and no text is blank, which msgspec does not look at."""
+        texts = [self.id]
+        for shot in self.shots:
+            texts += (shot.id, shot.text)
+            for pair in shot.pairs:
+                texts += (pair.question, pair.answer)
+        return bool(self.shots) and "" not in texts and not any(map(str.isspace, texts))
+
+    @classmethod
+    def _checked_from_json(cls, value: Any, *, where: str) -> "MShotExample":
+        """Do it field by field, and say which one is wrong."""
         value = _mapping(value, where)
         shots = value.get("shots")
         if not isinstance(shots, list) or not shots:
@@ -122,9 +144,8 @@ class MShotExample:
         return cls(id=_text(value, "id", where), shots=tuple(OneShotExample.from_json(shot, where=where) for shot in shots))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """Characters [start, end) of a document, and what they are."""
+class Span(NamedTuple):
+    """Characters [start, end) of a document, and what they are. A tuple, since dozens are made for each document."""
 
     start: int
     end: int

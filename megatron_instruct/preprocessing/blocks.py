@@ -115,15 +115,16 @@ class BlockReader:
         return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
 
     def _line_by_line(self, lines: Iterable[bytes], path: Path, first: int) -> Block:
-        block = self._empty_block(path)
+        block, examples = self._empty_block(path), False
         for number, line in enumerate(lines, first):
-            sound = _is_clean(line)
-            document = (self._plain(line) or self._augmented(line)) if sound else None
+            document = (self._plain(line) or self._augmented(line)) if not examples and _is_clean(line) else None
             if document is not None:
                 block.add(document, number, line)
                 continue
+            before = len(block.rendered)
             for item in json_lines([line], path, first_line=number):
                 block.add(item if isinstance(item, BrokenRecord) else self._maker.document(item), number, line)
+            examples = len(block.rendered) > before  # then the next line is likely one, too; the careful readers take any
         return block
 
     def _plain(self, line: bytes) -> Document | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.tokenizer.fast import FastChoice
 
 TokenizerType = Literal["HuggingFaceTokenizer", "GPTSentencePieceTokenizer"]
 
@@ -27,9 +28,9 @@ class PreprocessConfig:
     """Tokenizer: a Hugging Face folder with tokenizer.json, or a sentencepiece .model file."""
     tokenizer_type: TokenizerType | None = None
     """Kind that tokenizer_model must be (default: whichever it is)."""
-    fast_tokenizer: Literal["auto", "gigatoken", "none"] = "auto"
-    """Faster tokenizer of the same vocabulary, used once it made the same tokens of a sample of the input: auto takes it where it is
-    installed and agrees; gigatoken insists; none does without."""
+    fast_tokenizer: FastChoice = "auto"
+    """gigatoken in the place of the tokenizer's own library, once it made the same tokens of a sample of the input: auto says so and does
+    without where it is not installed or does not agree; gigatoken insists; none does without. The result does not depend on it."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys whose text is encoded; each becomes a data set of its own. Examples with pairs and rendered documents need "text" alone."""
     append_eod: bool = False

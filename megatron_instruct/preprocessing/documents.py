@@ -5,6 +5,7 @@ plain text. Goes out: a `Document`, or a `BrokenRecord` with the reason. Does no
 """
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,16 +114,25 @@ class DocumentMaker:
 
 def checked_spans(spans: Any, text: str) -> Spans | str:
     """Return the spans of a rendered document with the codes of their roles, or what is wrong with them."""
-    checked: list[tuple[int, int, int]] = []
+    try:
+        starts, ends, roles = zip(*spans, strict=True)
+        codes = [_ROLES[role] for role in roles]
+        if starts == (0, *ends[:-1]) and ends[-1] == len(text) and all(map(operator.lt, starts, ends)):
+            return list(zip(starts, ends, codes, strict=True))
+    except (TypeError, ValueError, KeyError):
+        pass  # said in words below
+    return _fault_of_spans(spans, text)
+
+
+def _fault_of_spans(spans: Any, text: str) -> str:
     end = 0
-    for span in spans if isinstance(spans, list) else [spans]:
+    for number, span in enumerate(spans if isinstance(spans, list) else [spans]):
         match span:
             case [int(start), int(stop), str(role)] if role in _ROLES and start == end < stop:
-                checked.append((start, stop, _ROLES[role]))
                 end = stop
             case _:
-                return f"span {len(checked)} is {json.dumps(span)}; it must be [{end}, end, role]; roles: {', '.join(_ROLES)}"
-    return checked if end == len(text) else f"the spans end at {end}; the text has {len(text)} characters"
+                return f"span {number} is {json.dumps(span)}; it must be [{end}, end, role]; roles: {', '.join(_ROLES)}"
+    return f"the spans end at {end}; the text has {len(text)} characters"
 
 
 def set_aside_rows(rendering: Rendering, path: Path, line: int) -> list[Mapping[str, Any]]:

@@ -19,16 +19,18 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import locked
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, records, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
-from megatron_instruct.preprocessing.documents import RenderOptions, render_options
+from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeOptions
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
 from megatron_instruct.preprocessing.part_files import read_summary
+from megatron_instruct.preprocessing.sample import sample_texts
 from megatron_instruct.preprocessing.verify import manifest_file
 from megatron_instruct.preprocessing.workers import WorkerSetup, encode_parts
 from megatron_instruct.preprocessing.workspace import take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
+from megatron_instruct.tokenizer.fast import Backend, with_fast_backend
 
 _SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
 
@@ -63,11 +65,12 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     before = _states(job.files)
     with locked(job.folder):
         if (done := _finished(job)) is None:
-            parts = _plan(job)
-            _encode(job, parts)
+            backend = _proved_backend(job)
+            parts = _plan(job, backend)
+            _encode(job, parts, backend)
             if _states(job.files) != before:
                 raise InputError("an input file changed while it was read; run the same command again.")
-            done = _write(job, list(parts))
+            done = _write(job, list(parts), backend)
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
         shutil.rmtree(job.folder)
     return done
@@ -112,14 +115,21 @@ def _finished(job: _Job) -> dict[str, Manifest] | None:
     return done
 
 
-def _plan(job: _Job) -> dict[Path, Part]:
+def _proved_backend(job: _Job) -> Backend:
+    """Return what encodes: the tokenizer's library, or what was proved to give the same ids for a sample of the very input."""
+    config = job.config
+    sample = sample_texts(job.files, DocumentMaker(config.json_keys, job.render)) if config.fast_tokenizer != "none" else []
+    return with_fast_backend(job.tokenizer, sample, choice=config.fast_tokenizer)
+
+
+def _plan(job: _Job, backend: Backend) -> dict[Path, Part]:
     """Cut the input into parts, and return the folder that each is encoded into, in the order of the input."""
     total = sum(record.bytes for record in job.inputs)
     usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
     wanted = job.config.partitions
     parts = plan_parts(job.files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
     plan = {
-        "settings": {**job.settings, RENDERING: job.render.fingerprint()},
+        "settings": {**job.settings, RENDERING: job.render.fingerprint(), "backend": backend.facts["backend"]},
         "inputs": [[record.path, record.sha256] for record in job.inputs],
         "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
     }
@@ -127,7 +137,7 @@ def _plan(job: _Job) -> dict[Path, Part]:
     return {job.folder / f"{number:06d}": part for number, part in enumerate(parts)}
 
 
-def _encode(job: _Job, parts: dict[Path, Part]) -> None:
+def _encode(job: _Job, parts: dict[Path, Part], backend: Backend) -> None:
     left = {folder: part for folder, part in parts.items() if read_summary(folder) is None}
     if len(left) < len(parts):
         print(f"{len(parts) - len(left)} of {len(parts)} parts are finished already; going on with the rest.")
@@ -137,6 +147,7 @@ def _encode(job: _Job, parts: dict[Path, Part]) -> None:
     setup = WorkerSetup(
         tokenizer_path=config.tokenizer_model,
         fingerprint=job.tokenizer.fingerprint,
+        fast=backend.tokenizer is not job.tokenizer,
         options=EncodeOptions(
             json_keys=config.json_keys,
             append_eod=config.append_eod,
@@ -155,7 +166,7 @@ def _encode(job: _Job, parts: dict[Path, Part]) -> None:
         encode_parts(left, setup, workers=config.workers, report=progress.add)
 
 
-def _write(job: _Job, folders: Sequence[Path]) -> dict[str, Manifest]:
+def _write(job: _Job, folders: Sequence[Path], backend: Backend) -> dict[str, Manifest]:
     """Write the data set of each key, verify it, and write its manifest last."""
     tokenizer = job.tokenizer
     origin = Origin(
@@ -164,7 +175,10 @@ def _write(job: _Job, folders: Sequence[Path]) -> dict[str, Manifest]:
         settings=job.settings,
         render=job.render,
         named=", ".join(job.config.input),
-        facts={"tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}},
+        facts={
+            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
+            "encoding": backend.facts,
+        },
     )
     manifests = write_data_sets(job.config, folders, origin)
     for key, manifest in manifests.items():

@@ -22,6 +22,7 @@ from megatron_instruct.corpora.parts import Part
 from megatron_instruct.errors import InputError, MegatronInstructError
 from megatron_instruct.preprocessing.encode import EncodeOptions, PartEncoder
 from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.tokenizer.fast import fast_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class WorkerSetup:
     tokenizer_path: Path
     fingerprint: str
     """That of the tokenizer as the parent process loaded it."""
+    fast: bool
+    """Encode with gigatoken, which the parent process has proved to give the same ids."""
     options: EncodeOptions
     log_interval: int
     """Documents between two reports."""
@@ -200,7 +203,7 @@ def _encoder(setup: WorkerSetup) -> PartEncoder:
     tokenizer = load_tokenizer(setup.tokenizer_path)
     if tokenizer.fingerprint != setup.fingerprint:
         raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
-    return PartEncoder(tokenizer, setup.options)
+    return PartEncoder(fast_tokenizer(tokenizer) if setup.fast else tokenizer, setup.options)
 
 
 def _end_with_parent(lifeline: int) -> None:

@@ -35,11 +35,11 @@ def arguments(corpus: Path, prefix: Path, tokenizer: Path) -> list[object]:
     ]
 
 
-def wait_until(what: Callable[[], bool]) -> None:
+def wait_until(what: Callable[[], bool], *, pause: float = 0.005) -> None:
     deadline = time.monotonic() + LIMIT
     while not what():
         assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -68,6 +68,10 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+def outputs_of_files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("a_*")}
+
+
 def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start) -> None:
     finish(start("preprocess_data.py", *arguments(large_corpus, tmp_path / "calm" / "a", tokenizer_folder)))
     prefix = tmp_path / "killed" / "a"
@@ -82,6 +86,41 @@ def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path: Path, large_cor
     out = finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
     assert "parts are finished already; going on with the rest" in out
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "calm")
+
+
+def test_kill_9_while_documents_are_shuffled_packed_and_written_then_the_same_bytes(
+    tmp_path: Path, corpus: Path, examples: Path, tokenizer_folder: Path, start: Start
+) -> None:
+    both = tmp_path / "both.jsonl"
+    both.write_bytes(corpus.read_bytes() * 12 + examples.read_bytes())
+    order = ("--shuffle-seed", 5, "--pack-sequence-length", 300)
+    finish(start("preprocess_data.py", *arguments(both, tmp_path / "calm" / "a", tokenizer_folder), *order))
+    prefix = tmp_path / "killed" / "a"
+    met = set()
+    for suffix in ("bin", "roles", "idx", "bin"):
+        process = start("preprocess_data.py", *arguments(both, prefix, tokenizer_folder), *order)
+        unfinished = prefix.with_name(f"a_text_document.{suffix}.partial")
+        wait_until(lambda file=unfinished, running=process: file.exists() or running.poll() is not None, pause=0.0005)
+        met |= {suffix} if process.poll() is None else set()
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # it was too quick
+            break
+        assert not (prefix.parent / "a_text_document.manifest.json").exists()
+    assert met, "at least one run was killed while it wrote"
+    finish(start("preprocess_data.py", *arguments(both, prefix, tokenizer_folder), *order))
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "calm")
+    assert "a_text_document.roles" in outputs(tmp_path / "calm")
+
+
+def test_a_run_killed_after_its_manifest_leaves_nothing_behind(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    config = PreprocessConfig(input=(str(corpus),), output_prefix=tmp_path / "a", tokenizer_model=tokenizer_folder, workers=1)
+    run(config)
+    (tmp_path / "a.parts" / "000000").mkdir(parents=True)
+    before = outputs_of_files(tmp_path)
+    run(config)
+    assert not (tmp_path / "a.parts").exists()
+    assert outputs_of_files(tmp_path) == before
 
 
 def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(

@@ -26,9 +26,8 @@ def rendered(folder: Path, examples: Path, **settings: Any) -> list[dict[str, An
     return [json.loads(line) for line in (folder / "augmented.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def expected_role(text: str, spans: Sequence[Any], start: int, end: int) -> int:
-    """The rule, said over again with one role for each character."""
-    roles = [role for left, right, role in spans for _ in range(left, right)]
+def expected_role(text: str, roles: Sequence[str], start: int, end: int) -> int:
+    """The rule, said over again. roles: one for each character."""
     touched = range(start, max(end, start + 1)) if start < len(text) else range(len(text) - 1, len(text))
     visible = [roles[place] for place in touched if not text[place].isspace()]
     return ROLE_CODES["response" if "response" in visible else visible[0] if visible else roles[touched[0]]]
@@ -48,7 +47,8 @@ def test_roles_are_those_of_the_characters_of_each_token(
     straddling = 0
     for row in rendered(tmp_path / "render", examples):
         offsets = tokenizer.encode(row["text"], add_special_tokens=False).offsets
-        expected += [expected_role(row["text"], row["spans"], *place) for place in offsets] + [END]
+        roles_of_characters = [role for left, right, role in row["spans"] for _ in range(left, right)]
+        expected += [expected_role(row["text"], roles_of_characters, *place) for place in offsets] + [END]
         starts = [start for start, _, _ in row["spans"]]
         straddling += sum(any(left < start < right for start in starts) for left, right in offsets)
     roles = roles_of(tmp_path / "a_text_document")
