@@ -6,15 +6,21 @@ neither; it is started once, and ends with this one, however this one ends. Noth
 """
 
 import functools
+import json
 import multiprocessing
+import tempfile
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_instruct.conversion.safetensors_folder import read_tensor, stored_tensors
 from megatron_instruct.errors import InputError
+
+_NO_VOCABULARY = 8  # rows of an embedding that is not used
 
 
 def start() -> None:
@@ -22,9 +28,18 @@ def start() -> None:
     _process()
 
 
-def logits(folder: Path, config_file: Path, ids: list[int]) -> torch.Tensor:
-    """Return transformers' fp32 logits [S, V]. Raises InputError where transformers would make up a weight, or cannot load the folder."""
-    return torch.from_numpy(_ask("logits", folder, config_file, ids))
+def outputs(folder: Path, config_file: Path, ids: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return what transformers computes in fp32: after each layer [S, C], and the logits [S, V].
+
+    Raises InputError where transformers would make up a weight, or cannot load the folder.
+    """
+    layers, logits = _ask("outputs", folder, config_file, ids)
+    return [torch.from_numpy(layer) for layer in layers], torch.from_numpy(logits)
+
+
+def layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: torch.Tensor) -> torch.Tensor:
+    """Return what transformers makes of hidden states with one layer of the folder, in fp32: [S, C]. No other layer takes memory."""
+    return torch.from_numpy(_ask("layer_output", folder, config_file, layer, hidden_SC.numpy()))
 
 
 def token_ids(folder: Path, text: str) -> list[int]:
@@ -68,23 +83,80 @@ def _serve(connection: "Connection[Any, Any]") -> None:
         except EOFError:
             return
         try:
-            connection.send((True, _logits(*values) if question == "logits" else _token_ids(*values)))
+            connection.send((True, _ANSWERS[question](*values)))
         except Exception as error:  # whatever it is, it is the answer
             connection.send((False, f"{type(error).__name__}: {error}"))
 
 
-def _logits(folder: Path, config_file: Path, ids: list[int]) -> Any:
+def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True)
+    model = _load(folder, config)
+    layers, logits = _run(model, input_ids=torch.tensor([ids]))
+    return layers, logits
+
+
+def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -> Any:
+    """Make a folder of this layer alone, with a vocabulary of nothing, and let transformers load it as it loads any."""
+    import safetensors.torch
+    import transformers
+
+    changes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": _NO_VOCABULARY, "tie_word_embeddings": True}
+    content = json.loads(config_file.read_text(encoding="utf-8"))
+    if content.get("layer_types"):
+        kind = content["layer_types"][layer]
+        changes["layer_types"] = [kind]
+    if "max_window_layers" in content:
+        changes["max_window_layers"] = 0 if layer >= content["max_window_layers"] else 1
+    kept = {name: value for name, value in content.items() if not name.endswith("_token_id")}
+    prefix = f"model.layers.{layer}."
+    tensors = {
+        name.replace(prefix, "model.layers.0.", 1): read_tensor(name, stored)
+        for name, stored in stored_tensors(folder).items()
+        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+    }
+    hidden_size = hidden_SC.shape[1]
+    tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, hidden_size), "model.norm.weight": torch.ones(hidden_size)}
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "config.json").write_text(json.dumps({**kept, **changes}), encoding="utf-8")
+        safetensors.torch.save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
+        del tensors
+        model = _load(Path(place), transformers.AutoConfig.from_pretrained(place, local_files_only=True))
+        layers, _ = _run(model, inputs_embeds=torch.from_numpy(hidden_SC)[None])
+    return layers[0]
+
+
+def _load(folder: Path, config: Any) -> Any:
+    """Load a model in fp32. Experts one by one: the grouped product of torch 2.13 refuses some sizes on the CPU."""
+    import transformers
+
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:
             raise ValueError(f"{what.replace('_', ' ')} {sorted(map(str, loading[what]))}")
+    return model.eval()
+
+
+def _run(model: Any, **given: torch.Tensor) -> tuple[list[Any], Any]:
+    layers: list[Any] = []
+
+    def keep(_module: Any, _input: Any, output: Any) -> None:
+        layers.append((output[0] if isinstance(output, tuple) else output)[0].clone().numpy())
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(keep)
     with torch.no_grad():
-        return model.eval()(torch.tensor([ids])).logits[0].float().numpy()
+        logits = model(**given, use_cache=False).logits[0].float().numpy()
+    return layers, logits
 
 
 def _token_ids(folder: Path, text: str) -> list[int]:
@@ -92,3 +164,6 @@ def _token_ids(folder: Path, text: str) -> list[int]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {"outputs": _outputs, "layer_output": _layer_output, "token_ids": _token_ids}

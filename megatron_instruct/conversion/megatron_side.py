@@ -1,25 +1,28 @@
-"""megatron-core's model in this one process, on the CPU: built, filled, read from a checkpoint of any layout.
+"""megatron-core's view of a model, in this one process, on the CPU: where each parameter lies in a checkpoint, and what it computes.
 
-Conversion needs no GPU, and takes none where there is one: its result does not depend on the machine.
+Conversion needs no GPU, and takes none where there is one: its result does not depend on the machine. Where a parameter lies is asked
+of megatron-core itself, of a model without memory; no table of the project repeats it.
 """
 
+import dataclasses
 import os
-import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_instruct.conversion.config import Dtype
+from megatron_instruct.conversion.torch_dist import Checkpoint, Piece
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
-from megatron_instruct.models.checkpoint import load_weights, save_weights
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform import device
 from megatron_instruct.platform.device import Machine
@@ -27,6 +30,33 @@ from megatron_instruct.platform.device import Machine
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_WEIGHT = ("optimizer.", "chained_")
 """Beginnings of names in a trained checkpoint that are no weights."""
+_COMMON: dict[str, Any] = {"common_state/shard_0_1": [{}]}
+"""What megatron-core 0.19.2 keeps in every checkpoint besides the model's own state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """Where the state of a model lies in a checkpoint."""
+
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """By parameter: the boxes that it is stored in, which lie one below the other in it."""
+    sizes: Mapping[str, tuple[tuple[int, ...], ...]]
+    """By parameter: the sizes of those boxes in the parameter, without the axes of layers and experts."""
+    objects: Mapping[str, Any]
+    """What is stored besides, by key."""
+
+    def read(self, checkpoint: Checkpoint, parameter: str, *, rows: int | None = None) -> torch.Tensor:
+        """Return a parameter from a checkpoint of any layout; of one that is a vocabulary, its first rows."""
+        pieces, sizes = self.pieces[parameter], self.sizes[parameter]
+        if rows is not None:
+            return checkpoint.read(dataclasses.replace(pieces[0], sizes=(rows, *sizes[0][1:])))
+        parts = [checkpoint.read(piece).reshape(size) for piece, size in zip(pieces, sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def cut(self, parameter: str, whole: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
+        """Return the boxes of a parameter with their values."""
+        parts = torch.split(whole, [size[0] for size in self.sizes[parameter]])
+        return list(zip(self.pieces[parameter], parts, strict=True))
 
 
 @contextmanager
@@ -38,7 +68,7 @@ def one_process() -> Iterator[Machine]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # heeded as long as this process has not touched CUDA
     if torch.cuda.is_available():
         raise ConfigError("this process uses CUDA already, and conversion runs on the CPU; run it in a process of its own.")
-    machine = device.initialize()
+    machine = device.initialize(keep_freed_memory=False)
     join_model_parallel_groups(ParallelLayout(), seed=1234)
     try:
         yield machine
@@ -47,68 +77,87 @@ def one_process() -> Iterator[Machine]:
         torch.distributed.destroy_process_group()
 
 
-def build(architecture: Architecture, machine: Machine, dtype: Dtype) -> GPTModel:
-    """Return the whole model with every parameter in `dtype`."""
-    (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(dtype=dtype))
-    return model.to(TORCH_DTYPES[dtype]).eval()
+def plan_checkpoint(architecture: Architecture, machine: Machine) -> CheckpointPlan:
+    """Ask megatron-core where the state of such a model lies in a checkpoint."""
+    (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="shapes"))
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    sizes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    objects: dict[str, Any] = dict(_COMMON)
+    for name, part in model.sharded_state_dict().items():
+        if isinstance(part, ShardedObject):
+            objects[part.unique_key] = [None]
+            continue
+        if isinstance(part, ShardedTensorFactory):
+            boxes = list(nested_values(part.build_fn(part.key, part.data, part.replica_id, part.flattened_range)))
+        else:
+            assert isinstance(part, ShardedTensor), f"{name} is a {type(part).__name__}"
+            boxes = [part]
+        sizes[name] = tuple(tuple(box.local_shape) for box in boxes)
+        pieces[name] = tuple(
+            Piece(
+                key=box.key,
+                shape=tuple(box.global_shape),
+                offsets=tuple(box.global_offset),
+                sizes=(*[1] * box.prepend_axis_num, *box.local_shape),
+            )
+            for box in boxes
+        )
+    return CheckpointPlan(pieces=pieces, sizes=sizes, objects=objects)
 
 
-def parameters_of(model: GPTModel) -> dict[str, torch.Tensor]:
-    """Return the model's weights by name, sharing memory with it."""
-    return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value) and not name.endswith("_extra_state")}
-
-
-def save(path: Path, model: GPTModel) -> None:
-    """Write the model's weights below the empty folder `path`, the same bytes whenever it is done.
-
-    torch 2.13 notes the path and a random number of the write in .metadata, of which nothing is read; they are taken out.
-    """
-    save_weights(path, [model])
-    metadata = pickle.loads((path / ".metadata").read_bytes())  # written by this very process
-    metadata.storage_meta = None
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def stored_dtypes(path: Path, model: GPTModel) -> set[torch.dtype]:
+def stored_dtypes(checkpoint: Checkpoint, plan: CheckpointPlan, architecture: Architecture, path: object) -> set[torch.dtype]:
     """Compare the names and sizes in a checkpoint with the model's, and return the types that its weights are stored in.
 
     Raises InputError that names what is missing, left over or of another size.
     """
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(path))
-    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path} is no readable checkpoint of megatron-core ({error}); give another iteration or write it again."
-        ) from error
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(_NO_WEIGHT) and not name.endswith("_extra_state")}
-    wanted: dict[str, tuple[int, ...] | None] = {}
-    for part in model.sharded_state_dict().values():
-        if isinstance(part, ShardedTensor):
-            wanted[part.key] = None if part.allow_shape_mismatch else tuple(part.global_shape)
-        elif isinstance(part, ShardedTensorFactory):
-            wanted[part.key] = None  # stored in an order of its own, checked when it is loaded
+    stored = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith(_NO_WEIGHT) and not name.split("/")[0].endswith("_extra_state")
+    }
+    wanted = {piece.key: piece.shape for pieces in plan.pieces.values() for piece in pieces}
     if missing := sorted(wanted.keys() - stored.keys()):
         raise InputError(f"{path} lacks the weights {', '.join(missing)} of the architecture in its manifest; write the checkpoint again.")
     if left_over := sorted(stored.keys() - wanted.keys()):
         raise InputError(f"{path} holds {', '.join(left_over)}, which the architecture in its manifest does not have; it is not supported.")
     for name, shape in wanted.items():
-        if shape is not None and tuple(stored[name].global_shape) != shape:
-            raise InputError(f"{path}: {name} has the shape {tuple(stored[name].global_shape)}, and its manifest says {shape}.")
+        found = stored[name].shape
+        is_vocabulary = shape[0] >= architecture.vocab_size and "layers" not in name and len(shape) == 2
+        fits = found[1:] == shape[1:] and found[0] >= architecture.vocab_size if is_vocabulary else found == shape
+        if not fits:
+            raise InputError(f"{path}: {name} has the shape {found}, and its manifest says {shape}.")
     return {tensor.dtype for tensor in stored.values()}
 
 
-def load(path: Path, model: GPTModel) -> None:
-    """Fill the model from a checkpoint, converting to the model's type. Raises InputError where it cannot be read."""
-    try:
-        load_weights(path, [model])
-    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give another iteration or write it again.") from error
-
-
-def logits_of(model: GPTModel, ids: list[int], architecture: Architecture) -> torch.Tensor:
-    """Return fp32 logits [S, V] of a sequence, without the rows that pad the vocabulary."""
-    tokens = torch.tensor([ids])
-    positions = torch.arange(len(ids))[None]
+def build(architecture: Architecture, machine: Machine, parameter: Callable[[str], torch.Tensor]) -> GPTModel:
+    """Return the whole model in fp32, each parameter filled with what `parameter` returns for its name; rows that are missing are zero."""
+    (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="empty"))
     with torch.no_grad():
-        logits_BSV: torch.Tensor = model(tokens, positions, None)
-    return logits_BSV[0, :, : architecture.vocab_size].float()
+        for name, target in model.state_dict().items():
+            if torch.is_tensor(target) and not name.endswith("_extra_state"):
+                value = parameter(name)
+                target[: value.size(0)] = value
+                target[value.size(0) :] = 0.0
+    return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model makes of a sequence, in fp32."""
+
+    layers: list[torch.Tensor]
+    """After each layer: [S, C]."""
+    logits: torch.Tensor
+    """[S, V], without the rows that pad the vocabulary."""
+
+
+def outputs_of(model: GPTModel, architecture: Architecture, ids: list[int], hidden_SC: torch.Tensor | None = None) -> Outputs:
+    """Run the model over a sequence, or over hidden states that stand for its embedding."""
+    layers: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0][:, 0].clone())) for layer in model.decoder.layers]
+    with torch.no_grad():
+        given = None if hidden_SC is None else hidden_SC[:, None]
+        logits = model(torch.tensor([ids]), torch.arange(len(ids))[None], None, decoder_input=given)
+    for hook in hooks:
+        hook.remove()
+    return Outputs(layers=layers, logits=logits[0, :, : architecture.vocab_size].float())

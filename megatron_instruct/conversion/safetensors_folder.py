@@ -4,12 +4,12 @@ Pickled weights are never opened: a pickle can run any code. Does not know: what
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import safetensors
-import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -19,6 +19,7 @@ from megatron_instruct.files import read_json, write_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 """safetensors' names of the types of weights that are supported."""
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -83,13 +84,57 @@ def read_tensor(name: str, stored: StoredTensor) -> torch.Tensor:
     return tensor
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, max_shard_size: str) -> None:
-    """Write model.safetensors, or shards with an index where one file would be larger than max_shard_size."""
-    shards = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
-    for file_name, names in shards.filename_to_tensors.items():
-        part = {name: tensors[name].contiguous() for name in names}
-        safetensors.torch.save_file(part, folder / file_name, metadata={"format": "pt"})
-        (folder / file_name).chmod(0o644)  # safetensors 0.8 makes a file that only its owner can read
-    if shards.is_sharded:
-        content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / INDEX, json.loads(json.dumps(content, sort_keys=True)))
+def read_rows(name: str, stored: StoredTensor, rows: Sequence[int]) -> torch.Tensor:
+    """Read some rows of a tensor, in this order; the others take no memory."""
+    with safetensors.safe_open(stored.file, framework="pt") as stream:
+        part = stream.get_slice(name)
+        return torch.cat([part[row : row + 1] for row in rows])
+
+
+class Writer:
+    """Writes tensors of known names and shapes in any order, one in memory at a time, in a with block: into model.safetensors, or into
+    shards with an index where one file would be larger than max_shard_size. The files are those that safetensors itself would write."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_shard_size: str) -> None:
+        self._dtype = dtype
+        self._places: dict[str, tuple[Path, int, tuple[int, ...]]] = {}
+        self._streams: dict[Path, IO[bytes]] = {}
+        meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        shards = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+        for file_name, names in shards.filename_to_tensors.items():
+            self._open(folder / file_name, {name: meta[name] for name in sorted(names)})
+        if shards.is_sharded:
+            content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_json(folder / INDEX, json.loads(json.dumps(content, sort_keys=True)))
+
+    def _open(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a file's header: 8 bytes of its length, JSON padded to a multiple of 8 (safetensors' format)."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in tensors.items():
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        stream = open(file, "wb")  # noqa: SIM115  (closed at the end of the with block)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+        for name, tensor in tensors.items():
+            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0], tuple(tensor.shape))
+        self._streams[file] = stream
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor."""
+        file, position, shape = self._places.pop(name)
+        assert tuple(tensor.shape) == shape and tensor.dtype == self._dtype, f"{name} is as announced"
+        self._streams[file].seek(position)
+        self._streams[file].write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close the files. Every announced tensor must have been written."""
+        for stream in self._streams.values():
+            stream.close()
+        assert kind is not None or not self._places, f"never written: {sorted(self._places)[:4]}"

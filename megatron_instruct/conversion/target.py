@@ -8,6 +8,7 @@ from megatron_instruct.models.architecture import Architecture
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one parameter."""
+_LIBRARIES = 1_000_000_000  # bytes that torch, megatron-core and a process of transformers take
 
 
 def require_new(target: Path) -> None:
@@ -28,13 +29,13 @@ def require_room(target: Path, architecture: Architecture, dtype: str) -> None:
         )
 
 
-def require_memory(architecture: Architecture, *, bytes_per_parameter: float, remedy: str) -> None:
-    """Raise ConfigError where the work does not fit the free memory."""
+def require_memory(elements: int) -> None:
+    """Raise ConfigError where the work does not fit the free memory: twice the largest tensor, in fp32, and the libraries."""
     import psutil
 
-    needed, free = architecture.num_parameters * bytes_per_parameter, psutil.virtual_memory().available
+    needed, free = 2 * 4 * elements + _LIBRARIES, psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
-            f"this conversion of {architecture.num_parameters / 1e9:.1f}B parameters takes about {needed / 1e9:.0f} GB of memory, and "
-            f"{free / 1e9:.0f} GB are free; {remedy}."
+            f"this conversion takes about {needed / 1e9:.1f} GB of memory (twice its largest tensor of {elements / 1e6:.0f}M values, and "
+            f"libraries), and {free / 1e9:.1f} GB are free; free some, or use a larger machine."
         )

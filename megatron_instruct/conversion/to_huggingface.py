@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_instruct.conversion import huggingface_side, megatron_side, proof
+from megatron_instruct.conversion import huggingface_side, megatron_side, proof, torch_dist
+from megatron_instruct.conversion.checksums import check_manifest
+from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig, Dtype
 from megatron_instruct.conversion.huggingface_config import token_ids_of, write_config
-from megatron_instruct.conversion.safetensors_folder import read_tensor, stored_tensors, write_tensors
+from megatron_instruct.conversion.safetensors_folder import Writer, read_tensor, stored_tensors
 from megatron_instruct.conversion.target import require_memory, require_new, require_room
-from megatron_instruct.conversion.weights import join, split, weights_of
+from megatron_instruct.conversion.weights import Weight, join, largest_tensor, rounded, split, weights_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, record, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import read_description
+from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 _CONFIG, _GENERATION, _TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 _UNPROVEN = "config.unproven.json"
+_EXPORT_EARLIER = "the training run went wrong; export an earlier iteration"
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -59,30 +62,25 @@ def convert(config: ConvertConfig) -> Manifest:
     if (done := finished(config.save / "manifest.json", stage="convert", settings=settings, inputs=inputs)) is not None:
         print(f"Finished already: {config.save}.")
         return done
+    check_manifest(source.path, source.manifest)
     require_new(config.save)
     require_room(config.save, source.architecture, source.dtype)
-    require_memory(source.architecture, bytes_per_parameter=9.0, remedy="use a larger machine")
+    weights = weights_of(source.architecture)
+    require_memory(largest_tensor(weights))
     text = proof.proof_text(config.prove_text)
     with megatron_side.one_process() as machine, atomic_folder(config.save) as folder:
         if config.prove:
             huggingface_side.start()
-        model = megatron_side.build(source.architecture, machine, "fp32")
-        dtypes = megatron_side.stored_dtypes(source.path, model)
-        rounded = dtypes != {megatron_side.TORCH_DTYPES[source.dtype]}
-        megatron_side.load(source.path, model)
-        _write_weights(source, model, folder, max_shard_size=config.max_shard_size)
+        plan = megatron_side.plan_checkpoint(source.architecture, machine)
+        assert {weight.megatron for weight in weights} == plan.pieces.keys(), "the family's table names every parameter"
+        checkpoint = torch_dist.Checkpoint(source.path)
+        dtypes = megatron_side.stored_dtypes(checkpoint, plan, source.architecture, source.path)
+        reader = Reader(source=source, weights=weights, plan=plan, checkpoint=checkpoint, dtypes=dtypes)
+        _write_weights(reader, folder, max_shard_size=config.max_shard_size)
         _write_surroundings(source, folder)
         shown = proof.NO_PROOF
         if config.prove:
-            checks = _prove_weights(source, model, folder, rounded=rounded)
-            ids = proof.proof_tokens(source.tokenizer, source.architecture, text)
-            ours = megatron_side.logits_of(model, ids, source.architecture)
-            del model
-            theirs = huggingface_side.logits(folder, folder / _UNPROVEN, ids)
-            rounded_to = megatron_side.TORCH_DTYPES[source.dtype] if rounded else None
-            checks.append(proof.check_logits(ours, theirs, rounded_to=rounded_to, num_layers=source.architecture.num_layers))
-            checks.append(proof.check_token_ids(source.tokenizer.encode(text), huggingface_side.token_ids(folder, text)))
-            shown = proof.conclude(checks, config.save)
+            shown = proof.conclude(_prove(reader, folder, machine, text), config.save)
         (folder / _UNPROVEN).rename(folder / _CONFIG)
         manifest = Manifest(
             stage="convert",
@@ -139,25 +137,38 @@ def _inputs(config: ConvertConfig, source: Source) -> tuple[FileRecord, ...]:
     return (record(source.path / "manifest.json"), *records([source.tokenizer_path, *more]))
 
 
-def _write_weights(source: Source, model: GPTModel, folder: Path, *, max_shard_size: str) -> None:
-    parameters = megatron_side.parameters_of(model)
-    weights = weights_of(source.architecture)
-    assert {weight.megatron for weight in weights} == parameters.keys(), "the family's table names every parameter"
-    tensors: dict[str, torch.Tensor] = {}
-    for weight in weights:
-        parts = split(weight, parameters[weight.megatron], source.architecture)
-        for name, part in zip(weight.huggingface, parts, strict=True):
-            tensors[name] = _rounded(part, name, source.dtype)
-    write_tensors(folder, tensors, max_shard_size=max_shard_size)
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Reads a checkpoint of any layout parameter by parameter."""
+
+    source: Source
+    weights: list[Weight]
+    plan: megatron_side.CheckpointPlan
+    checkpoint: torch_dist.Checkpoint
+    dtypes: set[torch.dtype]
+    """Of the weights as they are stored."""
+
+    @property
+    def rounds(self) -> bool:
+        return self.dtypes != {megatron_side.TORCH_DTYPES[self.source.dtype]}
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter as it is stored; a vocabulary without its padding."""
+        vocabulary = {weight.megatron for weight in self.weights if weight.kind == "vocabulary"}
+        return self.plan.read(self.checkpoint, name, rows=self.source.architecture.vocab_size if name in vocabulary else None)
+
+    def tensors(self, weight: Weight) -> list[torch.Tensor]:
+        """Return the Hugging Face tensors that a parameter makes, in the type of the result."""
+        whole = rounded(self.parameter(weight.megatron), weight.megatron, self.source.dtype, remedy=_EXPORT_EARLIER)
+        return split(weight, whole, self.source.architecture)
 
 
-def _rounded(tensor: torch.Tensor, name: str, dtype: Dtype) -> torch.Tensor:
-    result = tensor.to(megatron_side.TORCH_DTYPES[dtype])
-    if not torch.isfinite(result).all():
-        if torch.isfinite(tensor).all():
-            raise InputError(f"{name} has values up to {float(tensor.abs().max()):.3g}, too large for {dtype}; use --dtype bf16 or fp32.")
-        raise InputError(f"{name} holds values that are not finite (NaN or infinite): the training run went wrong; export an earlier one.")
-    return result
+def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str) -> None:
+    shapes = {name: shape for weight in reader.weights for name, shape in zip(weight.huggingface, weight.shapes, strict=True)}
+    with Writer(folder, shapes, megatron_side.TORCH_DTYPES[reader.source.dtype], max_shard_size=max_shard_size) as writer:
+        for weight in reader.weights:
+            for name, part in zip(weight.huggingface, reader.tensors(weight), strict=True):
+                writer.write(name, part)
 
 
 def _write_surroundings(source: Source, folder: Path) -> None:
@@ -186,21 +197,32 @@ def _complete_tokenizer_config(source: Source, folder: Path) -> None:
         write_json(file, {**content, **missing})
 
 
-def _prove_weights(source: Source, model: GPTModel, folder: Path, *, rounded: bool) -> list[proof.Check]:
-    """Read back what was written, turn it round, and compare it with the checkpoint's weights."""
-    parameters, weights, stored = megatron_side.parameters_of(model), weights_of(source.architecture), stored_tensors(folder)
+def _prove(reader: Reader, folder: Path, machine: Machine, text: str) -> list[proof.Check]:
+    """Read back what was written, turn it round, compare it with the checkpoint's weights, and run both sides."""
+    source, stored = reader.source, stored_tensors(folder)
     different: list[str] = []
-    for weight in weights:
+    for weight in reader.weights:
         parts = [read_tensor(name, stored[name]) for name in weight.huggingface]
-        whole = join(weight, parts, source.architecture, rows=parts[0].size(0)).float()
-        wanted = parameters[weight.megatron][: whole.size(0)]
-        if not proof.same_bits(whole, wanted.to(megatron_side.TORCH_DTYPES[source.dtype]).float()):
+        whole = join(weight, parts, source.architecture, rows=parts[0].size(0))
+        wanted = rounded(reader.parameter(weight.megatron), weight.megatron, source.dtype, remedy=_EXPORT_EARLIER)
+        if not proof.same_bits(whole, wanted):
             different.append(weight.megatron)
+        del parts, whole, wanted
     names = proof.check_names(
-        consumed=len(weights),
-        source=len(parameters),
-        filled=len({name for weight in weights for name in weight.huggingface} & stored.keys()),
+        consumed=len(reader.weights),
+        source=len(reader.plan.pieces),
+        filled=len({name for weight in reader.weights for name in weight.huggingface} & stored.keys()),
         target=len(stored),
         set_aside=(),
     )
-    return [names, proof.check_weights(different, count=len(weights), rounded=source.dtype if rounded else None)]
+    weights = proof.check_weights(different, count=len(reader.weights), rounded=source.dtype if reader.rounds else None)
+    sides = Sides(
+        architecture=source.architecture,
+        parameter=reader.parameter,
+        folder=folder,
+        config_file=folder / _UNPROVEN,
+        rounded_to=megatron_side.TORCH_DTYPES[source.dtype] if reader.rounds else None,
+    )
+    computed = compare(sides, machine, proof.proof_tokens(source.tokenizer, source.architecture, text))
+    ids = proof.check_token_ids(source.tokenizer.encode(text), huggingface_side.token_ids(folder, text))
+    return [names, weights, *computed, ids]

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from megatron_instruct.conversion import huggingface_side, megatron_side, proof
+from megatron_instruct.conversion import huggingface_side, megatron_side, proof, torch_dist
+from megatron_instruct.conversion.checksums import check_known
+from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig, Dtype
 from megatron_instruct.conversion.huggingface_config import read_architecture, token_ids_of
 from megatron_instruct.conversion.safetensors_folder import DTYPES, INDEX, StoredTensor, read_tensor, stored_tensors
-from megatron_instruct.conversion.target import BYTES, require_memory, require_new, require_room
-from megatron_instruct.conversion.weights import TIED, Weight, derived_names, join, split, weights_of
+from megatron_instruct.conversion.target import require_memory, require_new, require_room
+from megatron_instruct.conversion.weights import TIED, Weight, derived_names, join, largest_tensor, rounded, split, weights_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
@@ -27,6 +29,7 @@ from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer, load_tokenizer
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_COPY_AGAIN = "the file is damaged, or the model is: copy it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +66,29 @@ def convert(config: ConvertConfig) -> Manifest:
     if (done := finished(path / "manifest.json", stage="convert", settings=settings, inputs=inputs)) is not None:
         print(f"Finished already: {config.save}.")
         return done
+    check_known(source.folder, {stored.file for stored in source.tensors.values()}, inputs)
     require_new(config.save)
     require_room(config.save, source.architecture, source.dtype)
-    need = 5.0 if config.prove else 2.5 * BYTES[source.dtype]
-    require_memory(source.architecture, bytes_per_parameter=need, remedy="use a larger machine, or --no-prove, which the manifest will say")
+    require_memory(largest_tensor(source.weights))
     text = proof.proof_text(config.prove_text)
     with megatron_side.one_process() as machine, atomic_folder(config.save) as folder:
         if config.prove:
             huggingface_side.start()
         partial = iteration_folder(folder, 0)
         partial.mkdir()
-        filled, target = _write(source, partial, machine)
+        plan = megatron_side.plan_checkpoint(source.architecture, machine)
+        _write(source, partial, plan)
         _keep_tokenizer(source, folder / "tokenizer")
         shown = proof.NO_PROOF
         if config.prove:
             names = proof.check_names(
                 consumed=len(source.tensors) - len(source.set_aside),
                 source=len(source.tensors),
-                filled=filled,
-                target=target,
+                filled=len({weight.megatron for weight in source.weights} & plan.pieces.keys()),
+                target=len(plan.pieces),
                 set_aside=source.set_aside,
             )
-            shown = proof.conclude([names, *_prove(source, partial, machine, text)], config.save)
+            shown = proof.conclude([names, *_prove(source, partial, plan, machine, text)], config.save)
         manifest = Manifest(
             stage="convert",
             settings=settings,
@@ -180,27 +184,23 @@ def _inputs(config: ConvertConfig, source: Source) -> tuple[FileRecord, ...]:
     return records(sorted(files) + ([config.prove_text] if config.prove_text else []))
 
 
-def _write(source: Source, path: Path, machine: Machine) -> tuple[int, int]:
-    """Fill megatron-core's model and write it; return how many of its parameters were filled, and how many it has."""
-    model = megatron_side.build(source.architecture, machine, source.dtype)
-    parameters = megatron_side.parameters_of(model)
-    with torch.no_grad():
+def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan) -> None:
+    """Write the checkpoint, one parameter in memory at a time."""
+    with torch_dist.Writer(path=path) as writer:
+        for key, value in plan.objects.items():
+            writer.object(key, value)
         for weight in source.weights:
-            target = parameters[weight.megatron]
-            parts = [_rounded(_read(source.tensors, name), name, source.dtype) for name in weight.huggingface]
-            target.copy_(join(weight, parts, source.architecture, rows=target.size(0)))
-    megatron_side.save(path, model)
-    return len({weight.megatron for weight in source.weights} & parameters.keys()), len(parameters)
+            for piece, part in _pieces(source, plan, weight):
+                writer.tensor(piece, part)
 
 
-def _rounded(tensor: torch.Tensor, name: str, dtype: Dtype) -> torch.Tensor:
-    """Return the tensor in the result's type, or raise InputError where its values do not fit."""
-    result = tensor.to(megatron_side.TORCH_DTYPES[dtype])
-    if not torch.isfinite(result).all():
-        if torch.isfinite(tensor).all():
-            raise InputError(f"{name} has values up to {float(tensor.abs().max()):.3g}, too large for {dtype}; use --dtype bf16 or fp32.")
-        raise InputError(f"{name} holds values that are not finite (NaN or infinite); the file is damaged, or the model is: copy it again.")
-    return result
+def _pieces(source: Source, plan: megatron_side.CheckpointPlan, weight: Weight) -> list[tuple[torch_dist.Piece, torch.Tensor]]:
+    """Return the boxes that a parameter is stored in, with their values."""
+    sizes = plan.sizes[weight.megatron]
+    parts = [rounded(_read(source.tensors, name), name, source.dtype, remedy=_COPY_AGAIN) for name in weight.huggingface]
+    if tuple(tuple(part.shape) for part in parts) == sizes:  # stored as they are, side by side
+        return list(zip(plan.pieces[weight.megatron], parts, strict=True))
+    return plan.cut(weight.megatron, join(weight, parts, source.architecture, rows=sum(size[0] for size in sizes)))
 
 
 def _keep_tokenizer(source: Source, target: Path) -> None:
@@ -211,24 +211,31 @@ def _keep_tokenizer(source: Source, target: Path) -> None:
     copy_tokenizer(source.tokenizer_path, target)
 
 
-def _prove(source: Source, path: Path, machine: Machine, text: str) -> list[proof.Check]:
-    """Read back what was written and compare it with the source."""
-    model = megatron_side.build(source.architecture, machine, "fp32")
-    dtypes = megatron_side.stored_dtypes(path, model)
+def _prove(source: Source, path: Path, plan: megatron_side.CheckpointPlan, machine: Machine, text: str) -> list[proof.Check]:
+    """Read back what was written, compare it with the source tensor by tensor, and run both sides."""
+    checkpoint = torch_dist.Checkpoint(path)
+    dtypes = megatron_side.stored_dtypes(checkpoint, plan, source.architecture, path)
     stored = proof.check_types(dtypes, megatron_side.TORCH_DTYPES[source.dtype])
-    megatron_side.load(path, model)
-    parameters = megatron_side.parameters_of(model)
+    vocabulary = {weight.megatron: source.architecture.vocab_size for weight in source.weights if weight.kind == "vocabulary"}
+
+    def parameter(name: str) -> torch.Tensor:
+        return plan.read(checkpoint, name, rows=vocabulary.get(name))
+
     different: list[str] = []
     for weight in source.weights:
-        parts = split(weight, parameters[weight.megatron], source.architecture)
+        parts = split(weight, parameter(weight.megatron), source.architecture)
         for name, part in zip(weight.huggingface, parts, strict=True):
-            if not proof.same_bits(part.contiguous(), _rounded(_read(source.tensors, name), name, source.dtype).float()):
+            if not proof.same_bits(part.contiguous(), rounded(_read(source.tensors, name), name, source.dtype, remedy=_COPY_AGAIN)):
                 different.append(name)
+        del parts, part
     count = sum(len(weight.huggingface) for weight in source.weights)
     weights = proof.check_weights(different, count=count, rounded=source.dtype if source.rounded else None)
+    sides = Sides(
+        architecture=source.architecture,
+        parameter=parameter,
+        folder=source.folder,
+        config_file=source.folder / _CONFIG,
+        rounded_to=megatron_side.TORCH_DTYPES[source.dtype] if source.rounded else None,
+    )
     ids = proof.proof_tokens(source.tokenizer, source.architecture, text)
-    ours = megatron_side.logits_of(model, ids, source.architecture)
-    del model, parameters
-    theirs = huggingface_side.logits(source.folder, source.folder / _CONFIG, ids)
-    rounded_to = megatron_side.TORCH_DTYPES[source.dtype] if source.rounded else None
-    return [stored, weights, proof.check_logits(ours, theirs, rounded_to=rounded_to, num_layers=source.architecture.num_layers)]
+    return [stored, weights, *compare(sides, machine, ids)]

@@ -7,12 +7,14 @@ D head size, E experts.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from megatron_instruct.errors import InputError
 from megatron_instruct.models.architecture import Architecture, Family
 
 Kind = Literal["copy", "vocabulary", "qkv", "stack"]
@@ -32,6 +34,9 @@ class Rule:
     unless_tied: bool = False
     """Whether the row exists only where the output layer is not the word embedding."""
 
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK = 1 << 20  # elements that are looked at at once, so that what is made of them stays small
 
 _M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
 _EMBEDDING = Rule("vocabulary", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("VC",))
@@ -150,3 +155,18 @@ def split(weight: Weight, parameter: torch.Tensor, architecture: Architecture) -
     if weight.kind == "vocabulary":
         return [parameter[: architecture.vocab_size]]
     return [parameter]
+
+
+def largest_tensor(weights: Sequence[Weight]) -> int:
+    """Return the number of elements of the largest Hugging Face tensor."""
+    return max(math.prod(shape) for weight in weights for shape in weight.shapes)
+
+
+def rounded(tensor: torch.Tensor, name: str, dtype: str, *, remedy: str) -> torch.Tensor:
+    """Return the tensor as fp32, bf16 or fp16. Raises InputError where it holds values that do not fit, or that are not finite."""
+    result = tensor.to(_TORCH_DTYPES[dtype])
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(result.flatten(), _BLOCK)):
+        if all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.flatten(), _BLOCK)):
+            raise InputError(f"{name} has values up to {float(tensor.abs().max()):.3g}, too large for {dtype}; use --dtype bf16 or fp32.")
+        raise InputError(f"{name} holds values that are not finite (NaN or infinite); {remedy}.")
+    return result

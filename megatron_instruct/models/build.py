@@ -4,6 +4,7 @@ Does not know: data, optimizers, checkpoints. megatron-core 0.19.2 says that GPT
 the only one that builds it.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ class BuildOptions:
     """Of parameters and activations."""
     seed: int = 1234
     """Of the initial weights."""
+    weights: Literal["random", "empty", "shapes"] = "random"
+    """What the parameters hold: initial values, whatever memory held, or nothing (torch's meta device: shapes that take no memory)."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations that the backward pass computes again instead of keeping them."""
     make_vocab_size_divisible_by: int = 128
@@ -64,6 +67,9 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
 
 def build_model(architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions) -> list[GPTModel]:
     """Return this rank's model chunks: one, or `layout.virtual_pipeline` of them. Weights are the same whatever the layout."""
+    if options.weights == "shapes" and machine.device.type != "meta":
+        with torch.device("meta"):
+            return build_model(architecture, layout, dataclasses.replace(machine, device=torch.device("meta")), options)
     layout.check(architecture)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation note, see above
     config = make_transformer_config(architecture, layout, machine, options)
@@ -86,7 +92,8 @@ def build_model(architecture: Architecture, layout: ParallelLayout, machine: Mac
             model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq / architecture.rotary_linear_factor
         if architecture.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
-        initialize_parameters(model, architecture, seed=options.seed)
+        if options.weights == "random":
+            initialize_parameters(model, architecture, seed=options.seed)
         chunks.append(model.to(machine.device))
     return chunks
 

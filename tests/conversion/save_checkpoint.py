@@ -22,7 +22,7 @@ def main() -> None:
     folder, tokenizer, tensor, pipeline = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     architecture = Architecture.from_json(json.loads(sys.argv[5]))
     machine = device.initialize()
-    layout = ParallelLayout(world_size=torch.distributed.get_world_size(), tensor=tensor, pipeline=pipeline)
+    layout = ParallelLayout(world_size=torch.distributed.get_world_size(), tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
     join_model_parallel_groups(layout, seed=1234)
     chunks = build_model(architecture, layout, machine, BuildOptions())
     path = iteration_folder(folder, 12)

@@ -11,7 +11,7 @@ import pytest
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.run import run
 from megatron_instruct.tokenizer import load_tokenizer
-from tests.conversion.conftest import MISTRAL, WriteModel
+from tests.conversion.conftest import FAMILIES, MISTRAL, WriteModel
 
 VLLM = """
 import sys
@@ -61,9 +61,11 @@ def test_an_exported_folder_loads_in_transformers_as_it_is(write_model: WriteMod
 
 
 @pytest.mark.slow
-def test_an_exported_folder_loads_in_vllm_as_it_is(write_model: WriteModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_loads_in_vllm_as_it_is(family: str, write_model: WriteModel, tmp_path: Path) -> None:
     """Slow: the engine alone takes about a minute to start."""
-    run(ConvertConfig(load=write_model({**MISTRAL, "head_dim": 32}), save=tmp_path / "megatron", prove=False))
+    config = {**FAMILIES[family], "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    run(ConvertConfig(load=write_model(config), save=tmp_path / "megatron", prove=False))
     run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "back"))
     script = tmp_path / "generate.py"
     script.write_text(VLLM)

@@ -1,0 +1,89 @@
+"""Whether megatron-core and transformers compute the same with the weights of both sides, in fp32, on the tokens of a text.
+
+Where the whole model fits the free memory, every layer and the logits are compared; where it does not, a sample of layers is, one at
+a time, each on the hidden states that the one before it left. Does not know: how the weights are stored.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_instruct.conversion import huggingface_side, megatron_side, proof
+from megatron_instruct.conversion.safetensors_folder import read_rows, stored_tensors
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.platform.device import Machine
+
+_BYTES_PER_PARAMETER = 7.0  # fp32 on one side, then on the other, which reads what is stored beside it
+_RESERVE = 1.5e9  # bytes
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Both sides of a conversion."""
+
+    architecture: Architecture
+    parameter: Callable[[str], torch.Tensor]
+    """megatron-core's parameter of this name, as it is stored; a vocabulary without its padding."""
+    folder: Path
+    """The Hugging Face folder."""
+    config_file: Path
+    rounded_to: torch.dtype | None
+    """The type that weights were rounded to on the way, if any."""
+
+
+def compare(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]:
+    """Run both sides over a text."""
+    import psutil
+
+    needed = sides.architecture.num_parameters * _BYTES_PER_PARAMETER + _RESERVE
+    return whole_model(sides, machine, ids) if needed < psutil.virtual_memory().available else sample_of_layers(sides, machine, ids)
+
+
+def whole_model(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]:
+    """Compare every layer, and the logits."""
+    architecture = sides.architecture
+    model = megatron_side.build(architecture, machine, sides.parameter)
+    ours = megatron_side.outputs_of(model, architecture, ids)
+    del model
+    layers, logits = huggingface_side.outputs(sides.folder, sides.config_file, ids)
+    checks = [
+        proof.check_layer(number, mine, theirs, depth=number + 1, rounded_to=sides.rounded_to)
+        for number, (mine, theirs) in enumerate(zip(ours.layers, layers, strict=True))
+    ]
+    return [*checks, proof.check_logits(ours.logits, logits, rounded_to=sides.rounded_to, num_layers=architecture.num_layers)]
+
+
+def sample_of_layers(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]:
+    """Compare the first, the middle and the last layer, and the first one with a sliding window."""
+    architecture = sides.architecture
+    hidden_SC = read_rows(_EMBEDDING, stored_tensors(sides.folder)[_EMBEDDING], ids).float()
+    last = architecture.num_layers - 1
+    checks = []
+    for layer in sorted({0, last // 2, last, architecture.first_window_layer}):
+        has_window = architecture.sliding_window is not None and layer >= architecture.first_window_layer
+        one = dataclasses.replace(
+            architecture,
+            num_layers=1,
+            vocab_size=1,
+            tie_embeddings=True,
+            first_window_layer=0,
+            sliding_window=architecture.sliding_window if has_window else None,
+        )
+        model = megatron_side.build(one, machine, lambda name, layer=layer: _of_layer(sides, name, layer))  # type: ignore[misc]
+        ours = megatron_side.outputs_of(model, one, [0] * len(ids), hidden_SC).layers[0]
+        del model
+        theirs = huggingface_side.layer_output(sides.folder, sides.config_file, layer, hidden_SC)
+        checks.append(proof.check_layer(layer, ours, theirs, depth=1, rounded_to=sides.rounded_to))
+        hidden_SC = ours
+    return checks
+
+
+def _of_layer(sides: Sides, name: str, layer: int) -> torch.Tensor:
+    """Return a parameter of the layer for a model that has it alone; what lies outside the layers is not looked at."""
+    if name.startswith("decoder.layers.0."):
+        return sides.parameter(name.replace("decoder.layers.0.", f"decoder.layers.{layer}.", 1))
+    return torch.ones(1) if name.startswith("decoder.final_layernorm") else torch.zeros(1, sides.architecture.hidden_size)

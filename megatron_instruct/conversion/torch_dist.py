@@ -1,0 +1,201 @@
+"""A checkpoint in megatron-core's torch_dist format, read and written piece by piece, so that memory holds one piece at a time.
+
+The format is torch.distributed.checkpoint's: NAME.distcp files hold tensors as torch.save writes them, one after the other; .metadata is
+a pickle of the index (which tensor, which part of it, where); metadata.json names the format. The index is read by an unpickler that
+knows the classes of that index and no others, and tensors with torch's weights_only: nothing that a checkpoint holds is ever run.
+Does not know: models, Hugging Face.
+"""
+
+import collections
+import io
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_instruct.errors import InputError
+from megatron_instruct.files import write_json
+
+INDEX, FORMAT, DATA = ".metadata", "metadata.json", "__0_0.distcp"
+_REMEDY = "give another iteration or write it again"
+_SAFE_NAMES = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch.distributed.checkpoint.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("pathlib", "PosixPath"),
+}
+_SAFE_MODULE = "torch.distributed.checkpoint.metadata"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a tensor that a checkpoint holds."""
+
+    key: str
+    """The tensor's name in the checkpoint."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """A box as it is stored."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    position: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a checkpoint holds of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[_Chunk, ...]
+
+
+class Checkpoint:
+    """The tensors of a checkpoint of any layout, by name. Raises InputError for one that cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.tensors = _read_index(path)
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """Return the box, put together from however it was stored."""
+        stored, result, filled = self.tensors[piece.key], None, 0
+        for chunk in stored.chunks:
+            box = [
+                (max(a, c), min(a + s, c + t)) for a, s, c, t in zip(piece.offsets, piece.sizes, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(end <= start for start, end in box):
+                continue
+            tensor = self._load(piece.key, chunk, stored.dtype)
+            if (chunk.offsets, chunk.sizes) == (piece.offsets, piece.sizes):
+                return tensor
+            result = torch.empty(piece.sizes, dtype=stored.dtype) if result is None else result
+            there = tuple(slice(start - a, end - a) for (start, end), a in zip(box, piece.offsets, strict=True))
+            here = tuple(slice(start - c, end - c) for (start, end), c in zip(box, chunk.offsets, strict=True))
+            result[there] = tensor[here]
+            filled += math.prod(end - start for start, end in box)
+        if result is None or filled != math.prod(piece.sizes):
+            raise InputError(f"{self._path} holds {filled} of {math.prod(piece.sizes)} values of a part of {piece.key}; {_REMEDY}.")
+        return result
+
+    def _load(self, key: str, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
+        try:
+            with open(chunk.file, "rb") as stream:
+                view: Any = _create_file_view(stream, chunk.position, chunk.length)
+                tensor: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            raise InputError(f"{chunk.file} is damaged where {key} lies ({error}); {_REMEDY}.") from error
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
+            raise InputError(f"{chunk.file} holds something else where {key} lies; {_REMEDY}.")
+        return tensor
+
+
+@dataclass(kw_only=True)
+class Writer:
+    """Writes a checkpoint below an empty folder, tensor after tensor, in a with block, at whose end the index is written."""
+
+    path: Path
+    _stream: BinaryIO = field(init=False)
+    _tensors: dict[str, TensorStorageMetadata] = field(default_factory=dict)
+    _objects: dict[str, BytesStorageMetadata] = field(default_factory=dict)
+    _places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stream = open(self.path / DATA, "wb")  # noqa: SIM115  (closed at the end of the with block)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close the data, and write the index where nothing went wrong."""
+        self._stream.close()
+        if kind is None:
+            metadata = Metadata(state_dict_metadata={**self._tensors, **self._objects}, storage_data=self._places)
+            (self.path / INDEX).write_bytes(pickle.dumps(metadata))
+            write_json(self.path / FORMAT, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+
+    def tensor(self, piece: Piece, value: torch.Tensor) -> None:
+        """Write one box. Its values may have any shape of as many elements."""
+        known = self._tensors.setdefault(
+            piece.key,
+            TensorStorageMetadata(properties=TensorProperties(dtype=value.dtype), size=torch.Size(piece.shape), chunks=[]),
+        )
+        assert known.properties.dtype == value.dtype, "all parts of a tensor have one type"
+        offsets = torch.Size(piece.offsets)
+        known.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(piece.sizes)))
+        value = value.detach().reshape(piece.sizes).contiguous()
+        if value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()  # torch.save writes the whole memory that a view looks at
+        self._write(MetadataIndex(piece.key, offsets), value)
+
+    def object(self, key: str, value: Any) -> None:
+        """Write what is no tensor."""
+        self._objects[key] = BytesStorageMetadata()
+        self._write(MetadataIndex(key), value)
+
+    def _write(self, index: MetadataIndex, value: Any) -> None:
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        self._places[index] = _StorageInfo(relative_path=DATA, offset=start, length=self._stream.tell() - start)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == _SAFE_MODULE or (module, name) in _SAFE_NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint holds")
+
+
+def _read_index(path: Path) -> dict[str, StoredTensor]:
+    try:
+        metadata = _IndexUnpickler(io.BytesIO((path / INDEX).read_bytes())).load()
+        places: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = collections.defaultdict(list)
+        for index, info in metadata.storage_data.items():
+            places[index.fqn].append((None if index.offset is None else tuple(index.offset), info))
+        found = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                chunks = _chunks(path, entry.chunks, dict(places[name]))
+                found[name] = StoredTensor(shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=chunks)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path} is no readable checkpoint of megatron-core ({error}); {_REMEDY}.") from error
+    return found
+
+
+def _chunks(path: Path, stored: Sequence[ChunkStorageMetadata], places: Mapping[tuple[int, ...] | None, Any]) -> tuple[_Chunk, ...]:
+    result = []
+    for chunk in stored:
+        info = places[tuple(chunk.offsets)]
+        file = path / info.relative_path
+        if file.parent != path:
+            raise ValueError(f"its index leads outside, to {info.relative_path}")
+        result.append(_Chunk(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=file, position=info.offset, length=info.length))
+    return tuple(result)
