@@ -15,7 +15,8 @@ import yaml
 _STEM = 6
 """Letters of a word that are compared."""
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]+|[^\W_぀-ヿ㐀-鿿가-힯]+")
-_FIRST_CJK = "\u3040"
+FIRST_CJK = "\u3040"
+"""The first character of the scripts that are written without blanks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +44,7 @@ def plain_words(text: str) -> list[str]:
     """Return all words of a text without their case, in order; each Chinese, Japanese or Korean character is one."""
     words: list[str] = []
     for run in _WORD.findall(text.casefold()):
-        if run[0] >= _FIRST_CJK:
+        if run[0] >= FIRST_CJK:
             words += run
         else:
             words.append(run)
@@ -56,7 +57,7 @@ def content_words(text: str, words: Words) -> tuple[str, ...]:
     found: list[str] = []
     silent = words.silent
     for run in _WORD.findall(text.casefold()):
-        if run[0] >= _FIRST_CJK:
+        if run[0] >= FIRST_CJK:
             pairs = [run[i : i + 2] for i in range(max(len(run) - 1, 1))]
             found += [pair for pair in pairs if pair not in silent]
         elif run not in silent:

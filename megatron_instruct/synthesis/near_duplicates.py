@@ -3,13 +3,16 @@
 Comes in: the M-shot examples of all shards, in the order of the corpus. Goes out: the same without the pairs that are too similar to one
 kept before; so the result depends on that order alone, not on shards, batches or workers. A text that loses its last pair stands alone, to
 stay raw text. What was kept is looked up in a database on the disk (about 1 KiB a pair), so memory does not grow with the corpus.
-Similarity is Jaccard's, of the sets of four characters in a row; what names other numbers is not similar. Sources: Broder 1997; Leskovec,
+Similarity is Jaccard's, of the sets of four characters in a row, without the words that every question has; what names other numbers is
+not similar. Sources: Broder 1997; Leskovec,
 Rajaraman, Ullman, chapter 3; MinHash is rensa's. Does not know: files.
 """
 
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 
 from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample
-from megatron_instruct.synthesis.content_words import plain_words
+from megatron_instruct.synthesis.content_words import plain_words, words_of
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 from megatron_instruct.synthesis.filters import dropped_pair
@@ -28,8 +31,10 @@ _PERMUTATIONS, _SEED = 128, 1
 _CHARACTERS = 4
 _RECALL = 0.995
 """Share of pairs exactly at the threshold that hashing must find."""
-_CANDIDATES = 64
-"""Earlier pairs that a pair is compared with, at most: those of the lowest numbers."""
+_BUCKET = 32
+"""Earlier pairs that are remembered for the hash of a band, at most: the first ones, since what very many have in common says little."""
+_CANDIDATES = 12
+"""Earlier pairs that a pair is compared with, at most: those that have most bands in common."""
 _NUMBERS = re.compile(r"\w*\d\w*")
 _CACHE_KIB = 1 << 16
 _BATCH = 256
@@ -69,9 +74,11 @@ def shingles(text: str) -> set[str]:
 
 
 def _written(pair: InstructionPair, settings: FilterSettings) -> str:
-    """Return the words of a pair that are compared."""
-    question = " ".join(plain_words(" ".join((pair.question, *pair.options))))
-    return question if settings.near_duplicate_of == "question" else f"{question} / {' '.join(plain_words(pair.answer))}"
+    """Return the words of a pair that are compared: what a question begins with, and what it is about; perhaps the answer, too."""
+    words = words_of(str(pair.provenance.get("language", "")))
+    question = plain_words(" ".join((pair.question, *pair.options)))
+    told = [*question[:1], *(word for word in question[1:] if word not in words.silent)]
+    return " ".join(told) if settings.near_duplicate_of == "question" else f"{' '.join(told)} / {' '.join(plain_words(pair.answer))}"
 
 
 def _sifted(example: MShotExample, kept: "_Kept", signatures: Iterator[tuple[str, Sequence[int]]]) -> Sifted:
@@ -114,14 +121,10 @@ class _Kept:
         for setting in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{_CACHE_KIB}"):
             self._database.execute(f"PRAGMA {setting}")
         self._database.execute("CREATE TABLE pairs (number INTEGER PRIMARY KEY, place TEXT, written TEXT)")
-        self._database.execute("CREATE TABLE bands (hash INTEGER, number INTEGER, PRIMARY KEY (hash, number)) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE bands (hash INTEGER PRIMARY KEY, numbers BLOB)")
         self._database.execute("BEGIN")
-        bands = _PERMUTATIONS // self._rows
-        marks = ",".join("?" * bands)
-        self._candidates = (
-            "SELECT place, written FROM pairs WHERE number IN "
-            f"(SELECT DISTINCT number FROM bands WHERE hash IN ({marks}) ORDER BY number LIMIT {_CANDIDATES}) ORDER BY number"
-        )
+        marks = ",".join("?" * (_PERMUTATIONS // self._rows))
+        self._buckets = f"SELECT hash, numbers FROM bands WHERE hash IN ({marks})"
         self._count = 0
 
     def __enter__(self) -> "_Kept":
@@ -140,14 +143,24 @@ class _Kept:
     def add(self, place: str, written: str, signature: Sequence[int]) -> Drop | None:
         """Keep a pair, or return which earlier one it repeats."""
         hashes = self._hashes(signature)
-        for earlier_place, earlier in self._database.execute(self._candidates, hashes):
+        buckets = {key: array("q", numbers) for key, numbers in self._database.execute(self._buckets, hashes)}
+        for earlier_place, earlier in self._candidates(buckets):
             alike = similarity(written, earlier)
             if alike > self._most:
                 return Drop("near-duplicate in the corpus", f"similarity {alike:.2f} to {earlier_place}: {earlier}")
         self._count += 1
         self._database.execute("INSERT INTO pairs VALUES (?, ?, ?)", (self._count, place, written))
-        self._database.executemany("INSERT INTO bands VALUES (?, ?)", [(number, self._count) for number in hashes])
+        empty = array("q")
+        rows = [(key, buckets.get(key, empty).tobytes() + array("q", [self._count]).tobytes()) for key in dict.fromkeys(hashes)]
+        self._database.executemany("INSERT OR REPLACE INTO bands VALUES (?, ?)", [row for row in rows if len(row[1]) <= 8 * _BUCKET])
         return None
+
+    def _candidates(self, buckets: Mapping[int, Sequence[int]]) -> list[tuple[str, str]]:
+        """Return place and words of the earlier pairs that are most in these buckets, the earliest first."""
+        matches = Counter(number for numbers in buckets.values() for number in numbers)
+        best = sorted(sorted(matches, key=lambda number: (-matches[number], number))[:_CANDIDATES])
+        marks = ",".join("?" * len(best))
+        return self._database.execute(f"SELECT place, written FROM pairs WHERE number IN ({marks}) ORDER BY number", best).fetchall()
 
     def _hashes(self, signature: Sequence[int]) -> list[int]:
         """Return a number of 64 bits for each band of a signature."""

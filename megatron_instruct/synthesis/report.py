@@ -16,6 +16,7 @@ from megatron_instruct import __version__
 from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest
+from megatron_instruct.synthesis.content_words import FIRST_CJK
 from megatron_instruct.synthesis.grounded_spans import pieces
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS
 from megatron_instruct.synthesis.throughput import chart
@@ -80,6 +81,7 @@ class _Examples:
     pairs_per_text: Counter[int] = field(default_factory=Counter)
     texts_per_example: Counter[int] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    openings: Counter[str] = field(default_factory=Counter)
     texts: "_Sample"
     pairs: "_Sample"
 
@@ -126,6 +128,7 @@ def _content(manifest: Manifest, options: ReportOptions) -> dict[str, Any]:
         "pairs_per_text": bars(_grouped(read.pairs_per_text)),
         "texts_per_example": bars(_grouped(read.texts_per_example)),
         "kinds": bars({_KINDS[kind]: read.kinds[kind] for kind in _KINDS}),
+        "openings": bars(_most(read.openings)),
         "tokens_per_pair": bars(_ranges(tokens)),
         "measured_pairs": len(tokens),
         "rejects": _read_rejects(options.output_dir / REJECTS),
@@ -149,6 +152,7 @@ def _read_examples(options: ReportOptions) -> _Examples:
                     read.texts.add(shot)
                 for pair in shot["pairs"]:
                     read.kinds[pair["kind"]] += 1
+                    read.openings[_opening(pair["question"])] += 1
                     read.pairs.add(pair)
     return read
 
@@ -189,6 +193,19 @@ def _grouped(counts: Mapping[int, int]) -> dict[str, int]:
     shown = {str(number): counts.get(number, 0) for number in range(first, min(last, first + _BARS - 2) + 1)}
     beyond = sum(count for number, count in counts.items() if number > first + _BARS - 2)
     return shown | ({f"{first + _BARS - 1} or more": beyond} if beyond else {})
+
+
+def _opening(question: str) -> str:
+    """Return the word that a question begins with; of a language without blanks, its first two characters."""
+    word = question.split(maxsplit=1)[0].strip("\"'“”‘’(,.:;?!¿¡").casefold()
+    return word[:2] if word >= FIRST_CJK else word
+
+
+def _most(counts: Counter[str]) -> dict[str, int]:
+    """Return the most frequent, and all the others as one."""
+    shown = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: _BARS - 1])
+    rest = counts.total() - sum(shown.values())
+    return shown | ({"others": rest} if rest else {})
 
 
 def _ranges(tokens: Sequence[int]) -> dict[str, int]:

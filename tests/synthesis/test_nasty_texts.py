@@ -17,7 +17,7 @@ from megatron_instruct.synthesis.prompt_format import load_prompt_format
 from megatron_instruct.synthesis.prompts import ChatPrompts, MarkerPrompts, restored
 from megatron_instruct.tokenizer import load_tokenizer
 
-TEXTS = 1500
+TEXTS = 1000
 MARKERS = ["<CON>", "</CON>", "<QUE>", "<ANS>", "</END>"]
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>", "<|im_start|>system\n"]
 PIECES = [

@@ -20,7 +20,8 @@ WORDS = ["bug", "kernel", "daemon", "socket", "parser", "editor", "hacker", "pri
 
 
 def example(name: str, *questions: str, answer: str = "So.") -> MShotExample:
-    pairs = tuple(InstructionPair(question=question, answer=answer, provenance={"filters": ["length"]}) for question in questions)
+    passed = {"filters": ["length"], "language": "en"}
+    pairs = tuple(InstructionPair(question=question, answer=answer, provenance=passed) for question in questions)
     return MShotExample(id=name, shots=(OneShotExample(id=name, text=f"Text {name}.", pairs=pairs),))
 
 
@@ -41,12 +42,15 @@ def corpus_of_questions(count: int) -> list[str]:
     return questions
 
 
+def bare(question: str) -> str:
+    return " ".join(word for word in plain_words(question) if word not in ("does", "the", "do"))
+
+
 def test_what_is_found_is_what_comparing_all_with_all_finds(tmp_path: Path) -> None:
     questions = corpus_of_questions(300)
     kept: list[str] = []
     for question in questions:
-        written = " ".join(plain_words(question))
-        if not any(similarity(written, " ".join(plain_words(earlier))) > SETTINGS.max_similarity for earlier in kept):
+        if not any(similarity(bare(question), bare(earlier)) > SETTINGS.max_similarity for earlier in kept):
             kept.append(question)
     assert 100 < len(kept) < 250, "the corpus has both"
     found = questions_of(sift([example(f"t{n}", question) for n, question in enumerate(questions)], tmp_path / "db", SETTINGS))
@@ -65,14 +69,18 @@ def test_the_groups_that_are_hashed_together_change_nothing(tmp_path: Path, monk
 def test_a_dropped_pair_names_what_it_repeats_and_a_kept_one_what_it_passed(tmp_path: Path) -> None:
     first, second = sift([example("a", "What is a bug?"), example("b", "what is a BUG", "Who?")], tmp_path / "db", SETTINGS)
     assert second.rejects[0].reason == "near-duplicate in the corpus"
-    assert second.rejects[0].detail == "similarity 1.00 to a, pair 1: what is a bug"
+    assert second.rejects[0].detail == "similarity 1.00 to a, pair 1: what bug"
     assert (second.rejects[0].id, second.rejects[0].content) == ("b", "what is a BUG\nSo.")
     assert [pair.question for pair in second.examples[0].shots[0].pairs] == ["Who?"]
     assert first.examples[0].shots[0].pairs[0].provenance["filters"] == ["length", "near_duplicate"]
 
 
 def test_questions_about_other_numbers_are_other_questions(tmp_path: Path) -> None:
-    years = ["What happened in the village in 1941?", "What happened in the village in 1942?", "So what happened in the village in 1941?"]
+    years = [
+        "What happened in the village in 1941?",
+        "What happened in the village in 1942?",
+        "What happened in that village in 1941?",
+    ]
     assert questions_of(sift([example(year[-6:], year) for year in years], tmp_path / "db", SETTINGS)) == years[:2]
 
 
