@@ -1,8 +1,11 @@
 """Shares, worker processes and Ray actors: the same bytes as one process, and nothing lost when one of them dies."""
 
 import importlib.util
+import os
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +127,19 @@ def test_ray_actors_give_the_same_bytes_and_are_replaced_when_killed(bench: Any,
     assert "it is replaced (1 of 9)" in err
     assert "22 texts" in out
     assert bench.outputs("out")["examples.jsonl"] == bench.outputs("alone")["examples.jsonl"]
+
+
+def test_the_array_of_slurm_gives_the_same_bytes(bench: Any, alone: Any) -> None:
+    """The script as Slurm would run it, with a command in srun's place that starts what it is given."""
+    srun = bench.folder / "srun"
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    root = Path(__file__).resolve().parents[2]
+    command = ["bash", "examples/slurm/synthesize.sbatch", *bench.arguments(alone, **SETTINGS)]
+    environment = {**os.environ, "PATH": f"{bench.folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    jobs = [{"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"} for number in (1, 2)]
+    for job in [*jobs, {}]:
+        run = subprocess.run(command, cwd=root, env={**environment, **job}, capture_output=True, text=True, timeout=LIMIT, check=False)
+        assert run.returncode == 0, run.stderr
+    assert "6 of 6 shards are finished already" in run.stdout
+    assert same(bench, "out")

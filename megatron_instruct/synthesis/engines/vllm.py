@@ -21,6 +21,7 @@ class VllmEngine:
         warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op. is deprecated")  # vLLM 0.32 looks through all of torch
         try:
             import vllm
+            import vllm.exceptions
         except ImportError as error:
             raise MissingPackageError("vllm", extra="synthesis", purpose="engine=vllm") from error
         self._settings, self._vllm = settings, vllm
@@ -38,7 +39,7 @@ class VllmEngine:
     def submit(self, request: Request) -> None:
         try:
             self._engine.add_request(request.id, {"prompt_token_ids": list(request.prompt)}, self._sampling(request))
-        except ValueError as error:
+        except (ValueError, self._vllm.exceptions.VLLMError) as error:
             self._refused.append((request, Completion(error=_first_line(error))))
         else:
             self._in_work[request.id] = request
