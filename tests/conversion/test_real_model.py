@@ -22,6 +22,19 @@ if __name__ == "__main__":
     (output,) = model.generate(["A hacker's bug"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
     print("TOKENS", len(output.outputs[0].token_ids))
 """
+LM_EVAL = """
+import json, sys
+from pathlib import Path
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+found = {}
+for folder in sys.argv[1:]:
+    model = HFLM(pretrained=folder, device="cpu", batch_size=1, dtype="float32")
+    request = Instance(request_type="loglikelihood", doc={}, arguments=("A hacker's", " bug"), idx=0)
+    found[Path(folder).name] = model.loglikelihood([request], disable_tqdm=True)[0][0]
+print(json.dumps(found))
+"""
 LOAD = """
 import json, sys, torch, transformers
 
@@ -58,6 +71,20 @@ def test_an_exported_folder_loads_in_transformers_as_it_is(write_model: WriteMod
     found = json.loads(done.stdout.splitlines()[-1])
     ids = load_tokenizer(tmp_path / "back").encode(text)
     assert found == {"class": "MistralForCausalLM", "ids": ids, "missing": [], "dtype": "torch.float32"}
+
+
+@pytest.mark.slow
+def test_exported_folders_of_every_family_load_in_lm_eval_as_they_are(write_model: WriteModel, tmp_path: Path) -> None:
+    """Slow: lm-eval's imports alone take half a minute."""
+    for family, config in FAMILIES.items():
+        run(ConvertConfig(load=write_model(config, name=f"{family}-source"), save=tmp_path / f"{family}-megatron", prove=False))
+        run(ConvertConfig(load=tmp_path / f"{family}-megatron", save=tmp_path / family, prove=False))
+    command = [sys.executable, "-W", "ignore", "-c", LM_EVAL, *(str(tmp_path / family) for family in FAMILIES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == list(FAMILIES)
+    assert all(-1000 < value < 0 for value in found.values())
 
 
 @pytest.mark.slow
