@@ -1,5 +1,6 @@
 """Near-duplicates across the corpus: what is found is what comparing every pair with every one before it finds, in whatever groups."""
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ import pytest
 
 from megatron_instruct.manifest import read_manifest
 from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample
-from megatron_instruct.synthesis import near_duplicates
+from megatron_instruct.synthesis import merge, near_duplicates
 from megatron_instruct.synthesis.content_words import plain_words
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 from megatron_instruct.synthesis.near_duplicates import rows_of_a_band, sift, similarity
+from megatron_instruct.synthesis.run import main
 
 SETTINGS = FilterSettings(filters=("default", "near_duplicate"))
 WORDS = ["bug", "kernel", "daemon", "socket", "parser", "editor", "hacker", "printer", "compiler", "packet", "queue", "mutex", "cache"]
@@ -107,13 +109,29 @@ def test_bands_find_almost_all_pairs_at_the_threshold() -> None:
     assert rows_of_a_band(0.9) > rows_of_a_band(0.5), "a higher threshold needs fewer comparisons"
 
 
+def test_a_run_that_ends_while_it_looks_for_near_duplicates_does_it_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, filters = bench.corpus(9), ["--filters", "default", "near_duplicate"]
+    assert main([*bench.arguments(corpus, "calm"), *filters]) == 0
+
+    def cut_short(*arguments: Any) -> Iterator[Any]:
+        (bench.folder / "out" / "shards" / "near-duplicates.sqlite").write_text("what a killed run leaves")
+        yield from itertools.islice(sift(*arguments), 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "sift", cut_short)
+        assert main([*bench.arguments(corpus), *filters]) == 130
+    (bench.folder / "out" / "shards" / "near-duplicates.sqlite").write_text("what a killed run leaves")
+    assert not (bench.folder / "out" / "examples.jsonl").exists()
+    assert main([*bench.arguments(corpus), *filters]) == 0
+    assert bench.outputs("out") == bench.outputs("calm")
+
+
 def test_the_result_of_the_tool_depends_neither_on_shards_nor_on_workers(bench: Any, synthesize: Callable[..., tuple[int, str]]) -> None:
     corpus = bench.corpus(14)
     results = []
     for number, settings in enumerate(({"shard_size": 1}, {"shard_size": 5}, {"shard_size": 100}, {"shard_size": 4, "replicas": 2})):
         arguments = bench.arguments(corpus, f"out{number}", rounds=2, near_duplicate_of="question", **settings)
-        from megatron_instruct.synthesis.run import main
-
         assert main([*arguments, "--filters", "default", "near_duplicate"]) == 0
         results.append({name: (bench.folder / f"out{number}" / name).read_bytes() for name in ("examples.jsonl", "rejects.jsonl")})
     assert results[0]["examples.jsonl"] == results[1]["examples.jsonl"] == results[2]["examples.jsonl"] == results[3]["examples.jsonl"]
