@@ -92,13 +92,13 @@ def _merges(pieces: Any) -> list[str]:
     Of equal scores sentencepiece takes the leftmost in the text, so that a run, such as one of spaces, grows from its left: the way with
     the longer left piece comes first.
     """
-    numbers = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == _NORMAL}
+    normal = [(piece.piece, piece.score, number) for number, piece in enumerate(pieces) if piece.type == _NORMAL]
+    numbers = {piece: number for piece, _, number in normal}
     ways: list[tuple[float, int, int, int, int, str]] = []
-    for whole, number in numbers.items():
+    for whole, score, _ in normal:
         for cut in range(1, len(whole)):
-            left, right = numbers.get(whole[:cut]), numbers.get(whole[cut:])
-            if left is not None and right is not None:
-                score = pieces[number].score
-                ways.append((-score, -cut, cut - len(whole), left, right, f"{whole[:cut]} {whole[cut:]}"))
+            left = whole[:cut]
+            if left in numbers and (right := whole[cut:]) in numbers:
+                ways.append((-score, -cut, cut - len(whole), numbers[left], numbers[right], f"{left} {right}"))
     ways.sort()
     return [way for *_, way in ways]
