@@ -166,3 +166,5 @@ def _work(connection: Connection, assignment: Assignment, place: _Place) -> None
         connection.send(_Ended(str(error), error.exit_status))
     except (BrokenPipeError, EOFError):
         sys.exit("the run that started this worker is gone")
+    except OSError as error:  # a full disk, say: no worker that took its place would fare better
+        connection.send(_Ended(str(error), 1))

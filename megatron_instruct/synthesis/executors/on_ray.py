@@ -127,4 +127,6 @@ class _Actor:
             Worker(self._assignment, next_shard, report).run()
         except MegatronInstructError as error:
             return str(error), error.exit_status
+        except OSError as error:  # a full disk, say: no actor that took its place would fare better
+            return str(error), 1
         return None
