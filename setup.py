@@ -39,6 +39,7 @@ TOOLS = {
     "synthesize": "synthesis.run",
     "render": "templates.run",
     "preprocess": "preprocessing.run",
+    "merge": "preprocessing.merge_datasets",
     "inspect": "preprocessing.inspection",
     "pretrain": "training.run",
     "trace-data": "training.trace",

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.records import ROLES_SUFFIX
 from megatron_instruct.tokenizer.flat import token_dtype as token_dtype
 
 Tokens = npt.NDArray[Any]
@@ -37,6 +38,11 @@ def bin_file(prefix: Path) -> Path:
 
 def idx_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
+
+
+def roles_file(prefix: Path) -> Path:
+    """Return the file that holds the role of each token, one byte each, where there are roles."""
+    return prefix.with_name(prefix.name + ROLES_SUFFIX)
 
 
 def write_index(
@@ -90,7 +96,8 @@ def _pieces(lengths: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np
 class IndexedDataset:
     """A data set opened for reading, memory-mapped. Raises InputError, with the first fault, for files that are none.
 
-    sequence_lengths: int32 [S] tokens; sequence_offsets: int64 [S] bytes; document_bounds: int64 [D]; tokens: [N] of `dtype`.
+    sequence_lengths: int32 [S] tokens; sequence_offsets: int64 [S] bytes; document_bounds: int64 [D]; tokens: [N] of `dtype`;
+    has_modes: each sequence has a mode, as in multimodal data.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -110,6 +117,7 @@ class IndexedDataset:
         size, needed = index.stat().st_size, _HEADER.size + 12 * sequences + 8 * bounds
         if size not in (needed, needed + sequences):  # one byte more per sequence holds its mode, in multimodal data
             raise InputError(f"{index} has {size} bytes; {sequences} sequences and {bounds} document bounds take {needed}.")
+        self.has_modes = size != needed
         self.sequence_lengths: npt.NDArray[np.int32] = self._array(index, "<i4", _HEADER.size, sequences)
         self.sequence_offsets: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 4 * sequences, sequences)
         self.document_bounds: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 12 * sequences, bounds)

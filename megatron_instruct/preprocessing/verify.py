@@ -3,7 +3,7 @@
 Comes in: a prefix. Goes out: what was found, with every fault in words; nothing is repaired.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import numpy as np
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
 from megatron_instruct.manifest import Manifest, read_manifest
-from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, token_dtype
+from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file, token_dtype
+from megatron_instruct.records import ROLE_CODES
 
 _CHUNK = 1 << 22
 
@@ -30,6 +31,8 @@ class Findings:
     empty_documents: int
     ended_documents: int | None
     """Documents whose last token is the end-of-document token; None when that is unknown."""
+    roles: Mapping[str, int] | None
+    """Tokens of each role; None without a file of roles."""
     faults: tuple[str, ...]
 
 
@@ -46,6 +49,7 @@ def verify(prefix: Path, *, vocab_size: int | None, eod: int | None) -> Findings
     if vocab_size is not None and largest is not None and largest >= vocab_size:
         faults.append(f"the largest token id is {largest}; the tokenizer's vocabulary has {vocab_size}: another tokenizer made the data")
     sound = not faults
+    roles, role_faults = _roles(prefix, len(dataset.tokens))
     return Findings(
         documents=len(dataset),
         tokens=len(dataset.tokens),
@@ -54,8 +58,26 @@ def verify(prefix: Path, *, vocab_size: int | None, eod: int | None) -> Findings
         largest=largest,
         empty_documents=_empty_documents(dataset) if sound else 0,
         ended_documents=_ended_documents(dataset, eod) if sound and eod is not None else None,
-        faults=tuple(faults),
+        roles=roles,
+        faults=(*faults, *role_faults),
     )
+
+
+def _roles(prefix: Path, tokens: int) -> tuple[dict[str, int] | None, list[str]]:
+    """Return the tokens of each role, and what is wrong with the file of roles."""
+    path = roles_file(prefix)
+    if not path.is_file():
+        return None, []
+    size = path.stat().st_size
+    faults = [f"{path.name} has roles of {size} tokens; the data set has {tokens}"] if size != tokens else []
+    found = np.zeros(256, dtype=np.int64)
+    with open(path, "rb") as stream:
+        while content := stream.read(_CHUNK):
+            found += np.bincount(np.frombuffer(content, dtype=np.uint8), minlength=256)
+    unknown = np.flatnonzero(found[len(ROLE_CODES) :]) + len(ROLE_CODES)
+    if len(unknown):
+        faults.append(f"{path.name} holds {found[unknown].sum()} bytes that stand for no role, such as {unknown[0]}")
+    return {role: int(found[code]) for role, code in ROLE_CODES.items()}, faults
 
 
 def manifest_file(prefix: Path) -> Path:
@@ -63,8 +85,17 @@ def manifest_file(prefix: Path) -> Path:
 
 
 def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[str]:
-    """Compare a data set with its manifest: content, counts, dtype, ends of documents."""
+    """Compare a data set with its manifest: content, counts, dtype, ends of documents, roles."""
+    described = {output.path for output in manifest.outputs}
+    missing = sorted({bin_file(prefix).name, idx_file(prefix).name} - described)
+    if missing:
+        return [f"the manifest describes {', '.join(sorted(described))}, not {', '.join(missing)}: it is that of another data set"]
     faults = []
+    if found.roles is not None and roles_file(prefix).name not in described:
+        faults.append(f"{roles_file(prefix).name} is there, and the manifest knows of no roles: it belongs to another run")
+    known_roles = manifest.facts.get("roles", {}).get("tokens")
+    if known_roles is not None and found.roles != known_roles:
+        faults.append(f"the tokens of each role are {found.roles}; the manifest says {known_roles}")
     for output in manifest.outputs:
         content = sha256_of(prefix.parent / output.path)
         if content != output.sha256:
@@ -85,6 +116,18 @@ def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[s
     if manifest.settings.get("append_eod") and not packed and found.ended_documents not in (None, found.documents):
         faults.append(f"only {found.ended_documents} of {found.documents} documents end with the end-of-document token")
     return faults
+
+
+def input_faults(manifest: Manifest) -> tuple[list[str], int]:
+    """Compare the inputs that are still there with the manifest; return the faults and how many inputs are gone."""
+    faults, gone = [], 0
+    for source in manifest.inputs:
+        path = Path(source.path)
+        if not path.is_file():
+            gone += 1
+        elif path.stat().st_size != source.bytes or sha256_of(path) != source.sha256:
+            faults.append(f"the input {source.path} was changed after the data set was made from it")
+    return faults, gone
 
 
 def own_manifest(prefix: Path) -> Manifest:
