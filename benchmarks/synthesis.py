@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_instruct.corpora.read import Record, raw_text, read_records
 from megatron_instruct.records import RawText
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Shared:
     def reset(self) -> None:
         self.requests.clear()
         self.engine.llm.reset_prefix_cache()
+
+
+def small_model() -> Path:
+    """Return SmolLM2-135M-Instruct as a folder, unpacked where the quick start's results are, unless it is there."""
+    folder = ROOT / "runs" / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart" / "smollm2.py"), str(folder)], check=True)
+    return folder
 
 
 def texts_of(corpus: Path, *, most: int, longest: int) -> list[RawText]:
@@ -183,20 +194,20 @@ def compared(turns: Sequence[dict[str, Turn]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="synthesizer: a folder in Hugging Face form")
+    parser.add_argument("--model", type=Path, help="folder of a synthesizer (default: SmolLM2-135M, which writes no pairs)")
     parser.add_argument("--reference", type=Path, help="folder instruction_pretrain of a checkout of microsoft/LMOps (default: left out)")
-    root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--corpus", type=Path, default=root / "examples" / "quickstart" / "jargon.jsonl")
-    parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "quickstart" / "jargon.jsonl")
+    parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--longest", type=int, default=1500, help="characters of a text, at most")
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 1])
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, help="texts in work at once (default: vLLM's own)")
     parser.add_argument("--threads", type=int, help="threads on CPU (default: vLLM binds one to each core)")
     parser.add_argument("--kv-cache-gib", type=int, default=2)
     options = parser.parse_args()
+    options.model = options.model or small_model()
     if options.reference is not None:
         sys.path.insert(0, str(options.reference))
 
