@@ -7,18 +7,27 @@ from megatron_instruct.templates.sampling import Choices
 class Draws:
     """Styles for one document. `drawn` names all that was used, by its place in the bank's family (from 0)."""
 
+    __slots__ = ("_bank", "_choices", "_styles", "drawn", "none_of_these")
+
     def __init__(self, bank: Bank, choices: Choices) -> None:
         self._bank, self._choices = bank, choices
+        self._styles: dict[str, Style] = {}
         self.drawn: dict[str, int] = {}
+        self.none_of_these = bank.none_of_these
 
     def style(self, family: str) -> Style:
-        styles = self._bank.families[family]
-        place = self.drawn.get(family)
-        if place is None:
+        style = self._styles.get(family)
+        if style is None:
+            styles = self._bank.families[family]
             place = self.drawn[family] = self._choices.index(family, len(styles))
-        return styles[place]
+            style = self._styles[family] = styles[place]
+        return style
 
-    def text(self, family: str, **names: str) -> str:
+    def text(self, family: str) -> str:
+        """Return the text of a family whose styles are plain texts without slots."""
+        return self.style(family)["text"].text
+
+    def filled(self, family: str, **names: str) -> str:
         """Return the text of a family whose styles are plain texts, with its slots filled."""
         return self.style(family)["text"].fill(names)
 
@@ -39,7 +48,3 @@ class Draws:
 
     def order(self, name: str, count: int) -> list[int]:
         return self._choices.order(name, count)
-
-    @property
-    def none_of_these(self) -> frozenset[str]:
-        return self._bank.none_of_these

@@ -1,6 +1,7 @@
 """Numbers of questions and labels of options, without an upper end: 1 2 3, A B C … Z AA AB, i ii iii, 一 二 三."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 _ROMAN = ((1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x"), (9, "ix"), (5, "v"))
 _ROMAN_ONES = ((4, "iv"), (1, "i"))
@@ -57,3 +58,9 @@ NUMBERINGS: dict[str, Callable[[int], str]] = {
     "none": _unnumbered,
 }
 """By name: the numeral of 1, 2, 3, …"""
+
+
+@lru_cache(maxsize=4096)
+def numerals(name: str, count: int) -> tuple[str, ...]:
+    """Return the numerals of 1 … count; few names and counts come up, so they are kept."""
+    return tuple(map(NUMBERINGS[name], range(1, count + 1)))

@@ -1,56 +1,51 @@
 """A pair made ready for a template: its options shuffled and labelled, its answer turned into a label; or the reason why it cannot be."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_instruct.records import InstructionPair, PairKind
 from megatron_instruct.templates.bank import comparable
 from megatron_instruct.templates.draws import Draws
-from megatron_instruct.templates.numbering import NUMBERINGS
+from megatron_instruct.templates.numbering import numerals
+from megatron_instruct.templates.slots import parse
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadyPair:
-    """What the slots of templates are filled with."""
+class ReadyPair(NamedTuple):
+    """What the slots of templates are filled with. A tuple, since one is made for each pair."""
 
     kind: PairKind
-    question: str
-    options: str
-    """Header and labelled options, or nothing."""
-    answer: str
-    """With options, the label of the right one, or its text where labels do not tell options apart."""
-    rationale: str | None
+    slots: Mapping[str, str]
+    """question; options: header and labelled options, or nothing; answer: with options, the label of the right one, or its text where
+    labels do not tell options apart; rationale, or nothing."""
+    reasoned: bool
+    """There is a rationale."""
 
     @property
     def asked(self) -> str:
         """The question with its options."""
-        return f"{self.question}\n{self.options}" if self.options else self.question
-
-    def slots(self) -> dict[str, str]:
-        return {"question": self.question, "options": self.options, "answer": self.answer, "rationale": self.rationale or ""}
+        question, options = self.slots["question"], self.slots["options"]
+        return f"{question}\n{options}" if options else question
 
 
-def make_ready(pair: InstructionPair, draws: Draws, order_name: str) -> ReadyPair | str:
+def make_ready(pair: InstructionPair, draws: Draws, number: int, place: int) -> ReadyPair | str:
     """Return the pair ready for templates, or the reason why it must be set aside.
 
-    order_name: name of the choice that shuffles this pair's options.
+    number, place: of the one-shot example, and of the pair in it; the choice that shuffles its options is named after them.
     """
-    rationale = (pair.rationale or "").strip()
-    has_options = bool(pair.options) or pair.kind in ("options", "options_chain_of_thought")
-    if not rationale and pair.kind in ("chain_of_thought", "options_chain_of_thought"):
+    rationale, kind = pair.rationale.strip() if pair.rationale is not None else "", pair.kind
+    if not rationale and kind in ("chain_of_thought", "options_chain_of_thought"):
         return "rationale missing"
-    answer, options = pair.answer.strip(), ""
-    if has_options:
+    question, answer, options = pair.question.strip(), pair.answer.strip(), ""
+    if pair.options or kind in ("options", "options_chain_of_thought"):
         choices = _choices(pair, draws)
         if isinstance(choices, str):
             return choices
-        options, answer = _labelled(*choices, draws=draws, order_name=order_name)
+        options, answer = _labelled(*choices, draws=draws, order_name=f"option_order/{number}/{place}")
     return ReadyPair(
-        kind=_KINDS[has_options, bool(rationale)],
-        question=pair.question.strip(),
-        options=options,
-        answer=answer,
-        rationale=rationale or None,
+        _KINDS[bool(options), bool(rationale)],
+        {"question": question, "options": options, "answer": answer, "rationale": rationale},
+        bool(rationale),
     )
 
 
@@ -68,32 +63,46 @@ def _choices(pair: InstructionPair, draws: Draws) -> tuple[list[str], int, int] 
     options = [option.strip() for option in pair.options]
     if not options:
         return "options missing"
-    if not all(options):
+    if "" in options:
         return "empty option"
     if len(set(options)) < len(options):
         return "repeated option"
-    answer, plain_answer = pair.answer.strip(), comparable(pair.answer)
-    says_none = [comparable(option) in draws.none_of_these for option in options]
-    if plain_answer in draws.none_of_these and answer not in options:
-        if any(says_none):
-            answer = options[says_none.index(True)]
-        else:
-            options.append(answer)
-            says_none.append(True)
-    if any(says_none):
-        options = [option for option, none in sorted(zip(options, says_none, strict=True), key=lambda choice: choice[1])]
-    places = [place for place, option in enumerate(options) if option == answer]
-    places = places or [place for place, option in enumerate(options) if comparable(option) == plain_answer]
-    if len(places) != 1:
-        return "answer fits several options" if places else "answer is no option"
-    return options, places[0], len(options) - sum(says_none)
+    answer, plain_answer, none_of_these = pair.answer.strip(), comparable(pair.answer), draws.none_of_these
+    compared = [comparable(option) for option in options]
+    shuffled = len(options)
+    if plain_answer in none_of_these or not none_of_these.isdisjoint(compared):
+        says_none = [option in none_of_these for option in compared]
+        if plain_answer in none_of_these and answer not in options:
+            if any(says_none):
+                answer = options[says_none.index(True)]
+            else:
+                options.append(answer)
+                compared.append(plain_answer)
+                says_none.append(True)
+        in_order = sorted(range(len(options)), key=says_none.__getitem__)
+        options, compared = [options[place] for place in in_order], [compared[place] for place in in_order]
+        shuffled = len(options) - sum(says_none)
+    if answer in options:
+        return options, options.index(answer), shuffled
+    if compared.count(plain_answer) != 1:
+        return "answer fits several options" if plain_answer in compared else "answer is no option"
+    return options, compared.index(plain_answer), shuffled
 
 
 def _labelled(options: Sequence[str], right: int, shuffled: int, *, draws: Draws, order_name: str) -> tuple[str, str]:
     """Return the block of options and the answer."""
-    order = [*draws.order(order_name, shuffled), *range(shuffled, len(options))]
+    order = draws.order(order_name, shuffled)
+    order += range(shuffled, len(options))
     style = draws.style("option_labels")
-    numerals = [NUMBERINGS[style["numbering"].fill({})](number) for number in range(1, len(options) + 1)]
-    lines = [style["label"].fill({"n": numeral}) + options[place] for numeral, place in zip(numerals, order, strict=True)]
+    numbering = style["numbering"].text
+    labels = _labels(style["label"].source, numbering, len(options))
+    lines = [label + options[place] for label, place in zip(labels, order, strict=True)]
+    numeral = numerals(numbering, len(options))[order.index(right)]
     block = draws.text("option_headers") + draws.text("option_ends").join(lines)
-    return block, style["answer"].fill({"n": numerals[order.index(right)], "option": options[right]})
+    return block, style["answer"].fill({"n": numeral, "option": options[right]})
+
+
+@lru_cache(maxsize=4096)
+def _labels(label: str, numbering: str, count: int) -> tuple[str, ...]:
+    template = parse(label)
+    return tuple(template.fill({"n": numeral}) for numeral in numerals(numbering, count))

@@ -7,18 +7,20 @@ before the text ("inverted"). Roles: context is the raw text, instruction all th
 should write, glue what holds the parts together. Does not know: files, tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from megatron_instruct.records import AugmentedText, InstructionPair, MShotExample, OneShotExample, Role, Span
+from megatron_instruct.records import AugmentedText, InstructionPair, MShotExample, OneShotExample, Span
 from megatron_instruct.templates.bank import Bank
 from megatron_instruct.templates.draws import Draws
-from megatron_instruct.templates.numbering import NUMBERINGS
+from megatron_instruct.templates.numbering import numerals
 from megatron_instruct.templates.pairs import ReadyPair, make_ready
 from megatron_instruct.templates.sampling import Choices
 
-type Chunk = tuple[str, Role]
+type Pieces = list[str]
+"""A text and its role, a text and its role, and so on: one flat list, since dozens of pieces make a document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,16 +53,16 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
     counts = [len(pairs) for _, pairs in shots if pairs]
     layout = draws.layout(min(counts)) if counts else "raw"
     inverted = bool(counts) and draws.inverted()
-    explained = any(pair.rationale is not None for _, pairs in shots for pair in pairs)
-    chunks: list[Chunk] = []
+    explained = any(pair.reasoned for _, pairs in shots for pair in pairs)
+    pieces: Pieces = []
     for text, pairs in shots:
-        if chunks:
-            chunks.append((draws.text("shot_separators"), "glue"))
-        chunks += _one_shot(text, pairs, layout, inverted, explained, draws) if pairs else [(text, "context")]
-    document, spans = _put_together(chunks)
+        if pieces:
+            pieces += (draws.text("shot_separators"), "glue")
+        pieces += _one_shot(text, pairs, layout, inverted, explained, draws) if pairs else [text, "context"]
+    document, spans = _put_together(pieces)
     provenance = {
         "raw_texts": [shot.id for shot in example.shots],
-        "synthesis": _distinct([dict(pair.provenance) for shot in example.shots for pair in shot.pairs if pair.provenance]),
+        "synthesis": _distinct(pair.provenance for shot in example.shots for pair in shot.pairs),
         "seed": seed,
         "bank": {"language": bank.language, "version": bank.version, "sha256": bank.fingerprint},
         "layout": layout,
@@ -80,93 +82,93 @@ def _ready_pairs(shot: OneShotExample, number: int, draws: Draws, set_aside: lis
     """Return the pairs that templates can take, and append the others to `set_aside`."""
     pairs: list[ReadyPair] = []
     for place, pair in enumerate(shot.pairs):
-        ready = make_ready(pair, draws, f"option_order/{number}/{place}")
-        if isinstance(ready, ReadyPair):
-            pairs.append(ready)
-        else:
+        ready = make_ready(pair, draws, number, place)
+        if isinstance(ready, str):
             set_aside.append(SetAside(reason=ready, raw_text_id=shot.id, pair=pair))
+        else:
+            pairs.append(ready)
     return pairs
 
 
-def _one_shot(text: str, pairs: Sequence[ReadyPair], layout: str, inverted: bool, explained: bool, draws: Draws) -> list[Chunk]:
+def _one_shot(text: str, pairs: Sequence[ReadyPair], layout: str, inverted: bool, explained: bool, draws: Draws) -> Pieces:
     """Return a raw text and its pairs, in the order of the layout."""
     family = "few_shot_explained" if layout == "few_shot" and explained else layout
-    pair_chunks = _LAYOUTS[family](pairs, draws)
+    pair_pieces = _LAYOUTS[family](pairs, draws)
     separator = draws.text("text_separators")
     if inverted:
         opening = draws.text("inversions") if draws.has_reading_prefix() else ""
-        return [*pair_chunks, (separator + opening, "glue"), (text, "context")]
+        return [*pair_pieces, separator + opening, "glue", text, "context"]
     prefix = draws.text("reading_prefixes") if draws.has_reading_prefix() else ""
     bridge = draws.text("bridges") if layout == "classic" and draws.has_bridge() else ""
-    return [(prefix, "glue"), (text, "context"), (separator + bridge, "glue"), *pair_chunks]
+    return [prefix, "glue", text, "context", separator + bridge, "glue", *pair_pieces]
 
 
-def _classic(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
-    chunks: list[Chunk] = []
+def _classic(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
+    pieces: Pieces = []
+    separator = draws.text("pair_separators") if len(pairs) > 1 else ""
     for pair in pairs:
         style = draws.style(pair.kind)
-        slots = pair.slots()
-        _next(chunks, draws)
-        chunks += [(style["ask"].fill(slots), "instruction"), (style["reply"].fill(slots), "response")]
-    return chunks
+        if pieces:
+            pieces += (separator, "glue")
+        pieces += (style["ask"].fill(pair.slots), "instruction", style["reply"].fill(pair.slots), "response")
+    return pieces
 
 
-def _dialogue(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
+def _dialogue(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = _speakers(draws)
-    return [(draws.text("dialogue_headers", asker=asker, answerer=answerer), "glue"), *_turns(pairs, draws)]
+    return [draws.filled("dialogue_headers", asker=asker, answerer=answerer), "glue", *_turns(pairs, draws)]
 
 
-def _numbered(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
+def _numbered(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     style, numbers = draws.style("numbered_questions"), draws.style("question_numbers")
-    numerals = [{"n": NUMBERINGS[numbers["numbering"].fill({})](number)} for number in range(1, len(pairs) + 1)]
-    questions: list[Chunk] = []
-    answers: list[Chunk] = []
-    for pair, numeral in zip(pairs, numerals, strict=True):
+    names = [{"n": numeral} for numeral in numerals(numbers["numbering"].text, len(pairs))]
+    questions: Pieces = []
+    answers: Pieces = []
+    for pair, numeral in zip(pairs, names, strict=True):
         _next(questions, draws)
-        questions.append((numbers["question"].fill(numeral) + pair.asked, "instruction"))
+        questions += (numbers["question"].fill(numeral) + pair.asked, "instruction")
         _next(answers, draws)
-        answers += [(numbers["answer"].fill(numeral), "instruction"), (_response(pair, draws), "response")]
-    heading, answer_heading = style["open"].fill({}), style["close"].fill({})
-    between: Chunk = (draws.text("text_separators"), "glue")
-    return [(heading, "instruction"), *questions, between, (answer_heading, "instruction"), *answers]
+        answers += (numbers["answer"].fill(numeral), "instruction", _response(pair, draws), "response")
+    heading, answer_heading = style["open"].text, style["close"].text
+    return [heading, "instruction", *questions, draws.text("text_separators"), "glue", answer_heading, "instruction", *answers]
 
 
-def _few_shot(pairs: Sequence[ReadyPair], draws: Draws, *, family: str = "few_shot") -> list[Chunk]:
+def _few_shot(pairs: Sequence[ReadyPair], draws: Draws, *, family: str = "few_shot") -> Pieces:
     style = draws.style(family)
-    chunks: list[Chunk] = []
+    pieces: Pieces = []
     for place, pair in enumerate(pairs):
         if place == len(pairs) - 1:
-            _next(chunks, draws)
-            chunks.append((style["close"].fill({}), "instruction"))
+            _next(pieces, draws)
+            pieces += (style["close"].text, "instruction")
         elif place:
-            _next(chunks, draws)
-        reply = style["reply"] if pair.rationale is not None or family == "few_shot" else style["plain_reply"]
-        slots = {**pair.slots(), "question": pair.asked}
-        chunks += [(style["ask"].fill(slots), "instruction"), (reply.fill(slots), "response")]
-    return [(style["open"].fill({}), "instruction"), *chunks]
+            _next(pieces, draws)
+        reply = style["reply"] if pair.reasoned or family == "few_shot" else style["plain_reply"]
+        slots = {**pair.slots, "question": pair.asked}
+        pieces += (style["ask"].fill(slots), "instruction", reply.fill(slots), "response")
+    return [style["open"].text, "instruction", *pieces]
 
 
-def _few_shot_explained(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
+def _few_shot_explained(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     return _few_shot(pairs, draws, family="few_shot_explained")
 
 
-def _next_turn(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
+def _next_turn(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = _speakers(draws)
     names = {"asker": asker, "answerer": answerer}
     style, last = draws.style("next_turn"), pairs[-1]
     history = _turns(pairs[:-1], draws)
     _next(history, draws)
     return [
-        (style["open"].fill(names), "instruction"),
+        *(style["open"].fill(names), "instruction"),
         *history,
-        (draws.text("turns", name=asker) + last.asked, "instruction"),
-        (draws.text("pair_separators"), "glue"),
-        (style["close"].fill(names), "instruction"),
-        (style["reply"].fill({"answer": _response(last, draws)}), "response"),
+        *(draws.filled("turns", name=asker) + last.asked, "instruction"),
+        *(draws.text("pair_separators"), "glue"),
+        *(style["close"].fill(names), "instruction"),
+        *(style["reply"].fill({"answer": _response(last, draws)}), "response"),
     ]
 
 
-_LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], list[Chunk]]] = {
+_LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], Pieces]] = {
     "classic": _classic,
     "dialogue": _dialogue,
     "numbered": _numbered,
@@ -176,50 +178,58 @@ _LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], list[Chunk]]] = {
 }
 
 
-def _turns(pairs: Sequence[ReadyPair], draws: Draws) -> list[Chunk]:
-    asker, answerer = _speakers(draws)
-    chunks: list[Chunk] = []
+def _turns(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
+    asker, answerer = (draws.filled("turns", name=name) for name in _speakers(draws))
+    pieces: Pieces = []
     for pair in pairs:
-        _next(chunks, draws)
-        chunks += [
-            (draws.text("turns", name=asker) + pair.asked, "instruction"),
-            (draws.text("pair_separators"), "glue"),
-            (draws.text("turns", name=answerer), "instruction"),
-            (_response(pair, draws), "response"),
-        ]
-    return chunks
+        _next(pieces, draws)
+        pieces += (asker + pair.asked, "instruction", draws.text("pair_separators"), "glue")
+        pieces += (answerer, "instruction", _response(pair, draws), "response")
+    return pieces
 
 
 def _speakers(draws: Draws) -> tuple[str, str]:
     style = draws.style("speakers")
-    return style["asker"].fill({}), style["answerer"].fill({})
+    return style["asker"].text, style["answerer"].text
 
 
 def _response(pair: ReadyPair, draws: Draws) -> str:
     """Return the whole response: the answer alone, or the rationale and the answer as the pair's kind words them."""
-    return pair.answer if pair.rationale is None else draws.style(pair.kind)["reply"].fill(pair.slots())
+    return draws.style(pair.kind)["reply"].fill(pair.slots) if pair.reasoned else pair.slots["answer"]
 
 
-def _next(chunks: list[Chunk], draws: Draws) -> None:
+def _next(pieces: Pieces, draws: Draws) -> None:
     """Separate what comes next from the pairs that are there already."""
-    if chunks:
-        chunks.append((draws.text("pair_separators"), "glue"))
+    if pieces:
+        pieces += (draws.text("pair_separators"), "glue")
 
 
-def _put_together(chunks: Sequence[Chunk]) -> tuple[str, tuple[Span, ...]]:
-    """Join the chunks; neighbours of one role make one span."""
-    spans: list[Span] = []
-    start = position = 0
-    current: Role | None = None
-    for text, role in chunks:
-        if text and role != current:
-            if current is not None:
-                spans.append(Span(start=start, end=position, role=current))
-            start, current = position, role
+def _put_together(pieces: Pieces) -> tuple[str, tuple[Span, ...]]:
+    """Join the pieces; neighbours of one role make one span."""
+    texts = pieces[::2]
+    starts: list[int] = []
+    roles: list[str] = []
+    position = 0
+    current = None
+    for text, role in zip(texts, pieces[1::2], strict=True):
+        if role != current and text:
+            starts.append(position)
+            roles.append(role)
+            current = role
         position += len(text)
     assert current is not None, "an example has at least one raw text, which is not empty"
-    return "".join(text for text, _ in chunks), (*spans, Span(start=start, end=position, role=current))
+    spans = map(_SPAN, zip(starts, [*starts[1:], position], roles, strict=True))
+    return "".join(texts), tuple(spans)
 
 
-def _distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [value for place, value in enumerate(values) if value not in values[:place]]
+_SPAN = partial(tuple.__new__, Span)
+"""Makes a Span of its three fields: dozens a document."""
+
+
+def _distinct(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the values that are not empty, each once."""
+    found: list[dict[str, Any]] = []
+    for value in values:
+        if value and value not in found:
+            found.append(dict(value))
+    return found

@@ -51,7 +51,7 @@ def shipped(language: str) -> Bank:
 
 def seen(family: str, style: Style) -> tuple[str, ...]:
     """What a reader sees of a style; how an answer repeats a label is not counted as variety."""
-    numbering = NUMBERINGS[style["numbering"].fill({})] if "numbering" in style else str
+    numbering = NUMBERINGS[style["numbering"].text] if "numbering" in style else str
     counted = [name for name in style if name != "numbering" and (family not in ("option_labels", "question_numbers") or name != "answer")]
     return tuple(style[name].fill({**SAMPLE, "n": numbering(number)}) for name in counted for number in (1, 2, 4))
 
@@ -142,7 +142,7 @@ def changed_bank(tmp_path: Path, old: str, new: str) -> tuple[Path, int]:
         ("numbering: greek", "numbering: greeek", "unknown numbering 'greeek'; did you mean 'greek'"),
         ('answer: "{option}"', 'answer: "{n}"', r"does not tell the options .* apart; use \{option\}"),
         ("option_headers:", "option_header:", "unknown name 'option_header'; did you mean 'option_headers'"),
-        ("version: 1", "version: 0", "must be a whole number from 1 on"),
+        ("version: 2", "version: 0", "must be a whole number from 1 on"),
         ('option_ends: ["\\n"', 'option_headers: ["\\n"', "'option_headers' stands here a second time"),
         ('turns: ["{name}: "', 'turns: ]["{name}: "', "is not valid YAML"),
     ],

@@ -122,7 +122,7 @@ def check_responses(example: MShotExample, rendering: Rendering, bank: Bank) -> 
 def labels_of(response: str, pair: InstructionPair, rendering: Rendering, bank: Bank) -> list[str]:
     """Return the labels that the response may mean; the right option must stand behind one of them."""
     style = drawn_style(rendering, bank, "option_labels")
-    numerals = [NUMBERINGS[style["numbering"].fill({})](number) for number in range(1, len(pair.options) + 2)]
+    numerals = [NUMBERINGS[style["numbering"].text](number) for number in range(1, len(pair.options) + 2)]
     values = [{"n": numeral, "option": pair.answer.strip()} for numeral in numerals]
     return [style["label"].fill(value) for value in values if response.endswith(style["answer"].fill(value))]
 
@@ -189,7 +189,7 @@ def test_none_of_these_is_a_right_answer_and_stands_last(name: str) -> None:
     chosen = render(example_of(given_first, name=name), bank_with(), seed=1)
     for rendering, phrase in ((added, "None of these"), (chosen, "None of the above.")):
         style = drawn_style(rendering, bank_with(), "option_labels")
-        last = {"n": NUMBERINGS[style["numbering"].fill({})](3), "option": phrase}
+        last = {"n": NUMBERINGS[style["numbering"].text](3), "option": phrase}
         assert rendering.pairs == 1
         assert style["label"].fill(last) + phrase in rendering.document.text
         assert of_role(rendering.document, "response") == [style["answer"].fill(last)]
@@ -226,7 +226,7 @@ def test_numbered_questions_go_on_beyond_26() -> None:
         rendering = render(example_of(*found, name=name), bank, seed=2)
         style = drawn_style(rendering, bank, "question_numbers")
         for number in range(60):
-            numeral = NUMBERINGS[style["numbering"].fill({})](number + 1)
+            numeral = NUMBERINGS[style["numbering"].text](number + 1)
             assert f"{style['question'].fill({'n': numeral})}Question number {number}?" in rendering.document.text
         assert of_role(rendering.document, "response") == [f"answer {number}" for number in range(60)]
 
@@ -266,7 +266,7 @@ def test_provenance_names_texts_seed_bank_and_what_was_drawn() -> None:
     provenance = render(made, bank, seed=42).document.provenance
     assert provenance["raw_texts"] == ["e.0", "e.1"]
     assert provenance["synthesis"] == [{"synthesizer": "s", "round": 1}]
-    assert (provenance["seed"], provenance["bank"]) == (42, {"language": "en", "version": 1, "sha256": bank.fingerprint})
+    assert (provenance["seed"], provenance["bank"]) == (42, {"language": "en", "version": 2, "sha256": bank.fingerprint})
     assert {"free_form", "shot_separators", "text_separators"} <= provenance["drawn"].keys()
 
 
