@@ -65,24 +65,26 @@ def writing_of(text: str) -> Writing:
 def foreign_to(writing: Writing, text: str) -> str | None:
     """Return the script or language that most of `text` is in, where `writing` is in another; words that it quotes do not count."""
     runs = _runs(text)
+    new = [(script, run) for script, run in runs if run not in writing.words]
     strange = Counter[str]()
-    for script, run in runs:
-        if script not in writing.scripts and run not in writing.words:
+    for script, run in new:
+        if script not in writing.scripts:
             strange[script] += len(run)
     if strange and strange.total() * 2 > sum(len(run) for _, run in runs):
         return strange.most_common(1)[0][0]
     if not writing.languages:
         return None
-    own, foreign, shared = 0, Counter[str](), Counter[str]()
-    for word, count in Counter(run for _, run in runs).items():
-        languages = _common().get(word, ())
-        if not writing.languages.isdisjoint(languages):
-            own += count
-            shared.update(dict.fromkeys(languages, count))
-        elif word not in writing.words:
-            foreign.update(dict.fromkeys(languages, count))
+    common = _common()
+    foreign = Counter[str]()
+    for _, run in new:
+        if (languages := common.get(run)) is not None and writing.languages.isdisjoint(languages):
+            foreign.update(languages)
     language, score = max(foreign.items(), key=lambda item: item[1], default=("", 0))
-    return language if score >= 2 and score > 2 * (own - shared[language]) else None
+    if score < 2:
+        return None
+    of_both = [languages for _, run in runs if not writing.languages.isdisjoint(languages := common.get(run, ()))]
+    own = sum(language not in languages for languages in of_both)
+    return language if score > 2 * own else None
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
