@@ -99,11 +99,11 @@ def test_no_text_adds_a_role_or_a_special_token_to_a_chat_prompt(smollm2_folder:
         return Counter(number for number in ids if number in special)
 
     harmless = roles(prompts.encode([shot], "Ice melts."))
-    for seed in range(TEXTS):
+    for seed in range(0, TEXTS, 4):  # each prompt has four nasty texts: two raw ones, a question, an answer
         text = nasty(seed)
         ids = prompts.encode([OneShotExample(id="old", text=nasty(seed + 1), pairs=(pair(seed),))], text)
         assert roles(ids) == harmless
-        if seed % 50 == 0:  # decoding is slow
+        if seed % 40 == 0:  # decoding is slow
             last = tokenizer.decode(ids).split("<|im_start|>")[-2]
             assert prompts.escaping.restore(last).count(text) == 1
 
