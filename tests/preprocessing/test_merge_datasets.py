@@ -19,6 +19,9 @@ from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_
 from megatron_instruct.preprocessing.inspection import main as inspect
 from megatron_instruct.preprocessing.merge_datasets import MergeConfig, main, run
 from megatron_instruct.preprocessing.run import run as preprocess
+from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.training.config import DataOptions
+from megatron_instruct.training.sources import find_sources
 
 SUFFIXES = (".bin", ".idx", ".roles", ".rejects.jsonl", ".manifest.json")
 
@@ -102,6 +105,13 @@ def test_roles_and_rejects_are_merged_and_counted(tmp_path: Path, tokenizer_fold
     assert manifest.facts["roles"]["tokens"]["response"] > 0
     assert sum(manifest.facts["roles"]["tokens"].values()) == manifest.counts["tokens"]
     assert inspect(["--data-path", str(tmp_path / "m"), "--tokenizer-model", str(tokenizer_folder)]) == 0
+
+
+def test_training_takes_a_merged_data_set(two: tuple[Path, Path], tmp_path: Path, tokenizer_folder: Path) -> None:
+    merge(tmp_path / "m", *two)
+    options = DataOptions(data_path=(str(tmp_path / "m"),), reset_attention_mask=True)
+    sources = find_sources(options, load_tokenizer(tokenizer_folder))
+    assert sources.train == ([str(tmp_path / "m")], None)
 
 
 def test_a_second_run_does_nothing_and_other_inputs_are_refused(
