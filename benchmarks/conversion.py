@@ -8,7 +8,10 @@ seconds, their ratio to cp, peak resident memory, and the bound on it: twice the
 """
 
 import argparse
+import concurrent.futures
+import filecmp
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -29,7 +32,7 @@ CONVERT = ROOT / "tools" / "convert_checkpoint.py"
 class Run:
     seconds: float
     peak_bytes: int
-    """Largest resident memory of the process and of those that it started, each by itself."""
+    """Largest resident memory of the process. (A process starts with the memory of the one that starts it, so this one stays small.)"""
 
 
 def write_model(folder: Path, given: dict[str, Any], preset: str, vocab_size: int) -> tuple[int, int]:
@@ -99,15 +102,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         work = Path(place)
         given = {} if options.num_layers is None else {"num_layers": options.num_layers}
-        parameters, largest = write_model(work / "source", given, options.preset, options.vocab_size)
-        write_model(work / "nothing", {"num_layers": 1}, "tiny", 257)
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+            parameters, largest = other.submit(write_model, work / "source", given, options.preset, options.vocab_size).result()
+            other.submit(write_model, work / "nothing", {"num_layers": 1}, "tiny", 257).result()
         runs: dict[str, list[Run]] = {"cp": [], "to_megatron": [], "to_huggingface": [], "start_up": []}
         for turn in range(options.turns):
             runs["cp"].append(copy(work / "source", work / "copy"))
             runs["to_megatron"].append(convert(work / "source", work / "megatron", *flags))
             runs["to_huggingface"].append(convert(work / "megatron", work / "back", *flags))
             runs["start_up"].append(convert(work / "nothing", work / "little", *flags))
-            same = all(file.read_bytes() == (work / "back" / file.name).read_bytes() for file in (work / "source").glob("*.safetensors"))
+            same = all(filecmp.cmp(file, work / "back" / file.name, shallow=False) for file in (work / "source").glob("*.safetensors"))
             if not same:
                 raise SystemExit("the model did not come back byte for byte")
             for name in ("copy", "megatron", "back", "little"):

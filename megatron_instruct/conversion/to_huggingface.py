@@ -128,6 +128,7 @@ def read_source(config: ConvertConfig) -> Source:
     dtype: Dtype | None = config.dtype or declared
     if dtype not in megatron_side.TORCH_DTYPES:
         raise InputError(f"{path / 'manifest.json'} does not say in which type the weights are; give --dtype.")
+    write_config(architecture, dtype=_TORCH_NAMES[dtype], token_ids={})  # what no config.json can say is refused before any work
     return Source(path=path, manifest=manifest, architecture=architecture, dtype=dtype, tokenizer=tokenizer, tokenizer_path=tokenizer_path)
 
 
