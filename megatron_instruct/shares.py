@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,9 @@ def at_work[T](folder: Path, share: Share | None, prepare: Callable[[bool], T]) 
     remove what others left. Raises ConfigError when another run holds the folder, the same share is at work already, or the shares at
     work are of another number.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        whole = held.enter_context(open(folder / LOCK, "a"))
         with _door(folder) as door:
+            whole = held.enter_context(open(folder / LOCK, "a"))
             alone = _lock(whole, fcntl.LOCK_EX)
             descriptors = [whole.fileno()]
             if share is None:
@@ -116,7 +116,15 @@ def _forget_shares(folder: Path, door: IO[str]) -> None:
         file.unlink()
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that this run holds for all shares; who waits for it finds a new one."""
+    with _door(folder):
+        shutil.rmtree(folder)
+
+
 def _remove_door(folder: Path) -> None:
+    if not folder.is_dir():
+        return
     with _door(folder):
         (folder / _DOOR).unlink()
 
@@ -125,6 +133,7 @@ def _remove_door(folder: Path) -> None:
 def _door(folder: Path) -> Iterator[IO[str]]:
     """Hold the door. A run that ends removes its file, so a lock counts only on the file that bears the name."""
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(folder / _DOOR, "a+") as door:
             if not _lock(door, fcntl.LOCK_EX):
                 print(f"Another run is preparing {folder}; waiting for it.", flush=True)

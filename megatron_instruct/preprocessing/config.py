@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.shares import parse_share
 from megatron_instruct.tokenizer.fast import FastChoice
 
 TokenizerType = Literal["HuggingFaceTokenizer", "GPTSentencePieceTokenizer"]
@@ -20,8 +21,9 @@ class PreprocessConfig:
     """
 
     input: tuple[str, ...]
-    """Files, folders or glob patterns: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt; encoded in this order. Plain documents, examples
-    of synthesize.py and documents of render_templates.py may be mixed: each record's keys say what it is."""
+    """Files, folders or glob patterns: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt, and data sets that datasets saved;
+    encoded in this order. Plain documents, examples of synthesize.py and documents of render_templates.py may be mixed: each record's
+    keys say what it is."""
     output_prefix: Path
     """Path and beginning of the names of the output files."""
     tokenizer_model: Path
@@ -65,6 +67,12 @@ class PreprocessConfig:
     """What to do with a document that cannot be read: stop and name it, or set it aside in the rejects file."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that encode (default: one a core). The result does not depend on it."""
+    executor: Literal["local", "ray"] = "local"
+    """Where parts are encoded: in processes of this machine, or on a Ray cluster, whose machines share a file system."""
+    ray_address: str | None = None
+    """Address of the Ray cluster (default: RAY_ADDRESS, else one is started on this machine's cores)."""
+    share: str | None = None
+    """I/N: encode every N-th part from the I-th, beside runs of the other shares; a last run without it merges."""
     partitions: int | None = None
     """Parts that the work is divided into; a finished one is not done again (default: about 64, each of 1 to 64 MB).
     The result does not depend on it."""
@@ -80,6 +88,9 @@ class PreprocessConfig:
             raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
         if self.output_prefix.name in ("", ".."):
             raise ConfigError(f"output_prefix={self.output_prefix} names a folder; add the beginning of a file name, such as out/corpus.")
+        parse_share(self.share)
+        if self.ray_address is not None and self.executor != "ray":
+            raise ConfigError(f"ray_address={self.ray_address} needs executor=ray; set it, or drop the address.")
         if self.bank is not None and self.language is not None:
             raise ConfigError(f"language={self.language} and bank={self.bank}: a bank has its own language; give one of the two.")
         self._check_keys()

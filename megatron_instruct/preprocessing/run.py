@@ -5,7 +5,6 @@ OUTPUT_PREFIX_KEY_document.{bin,idx,rejects.jsonl,manifest.json}, and .roles whe
 by one worker into a folder of its own below OUTPUT_PREFIX.parts, which is removed when all is done. Does not know: torch.
 """
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import Part, plan_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import locked
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, records, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeOptions
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
+from megatron_instruct.preprocessing.on_ray import encode_parts_on_ray
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
 from megatron_instruct.preprocessing.part_files import read_summary
 from megatron_instruct.preprocessing.sample import sample_texts
@@ -29,6 +28,7 @@ from megatron_instruct.preprocessing.verify import manifest_file
 from megatron_instruct.preprocessing.workers import WorkerSetup, encode_parts
 from megatron_instruct.preprocessing.workspace import take_up
 from megatron_instruct.progress import Progress
+from megatron_instruct.shares import at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.fast import Backend, with_fast_backend
 
@@ -56,23 +56,43 @@ class _Job:
         return {key: self.config.prefix(key) for key in self.config.json_keys}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How the work is divided."""
+
+    parts: Sequence[tuple[Path, Part]]
+    """The folder that each part is encoded into, and the part, in the order of the input."""
+    backend: Backend
+
+
 def run(config: PreprocessConfig) -> dict[str, Manifest]:
-    """Do the stage and return the manifest of each JSON key's data set."""
+    """Do the stage, or a share of it; return the manifest of each JSON key's data set, none where shares are left to merge."""
     started = time.monotonic()
     job = _resolve(config)
     if (done := _finished(job)) is not None and not job.folder.exists():
         return done
     before = _states(job.files)
-    with locked(job.folder):
-        if (done := _finished(job)) is None:
-            backend = _proved_backend(job)
-            parts = _plan(job, backend)
-            _encode(job, parts, backend)
+    share = parse_share(config.share)
+
+    def prepare(alone: bool) -> _Plan | dict[str, Manifest]:
+        found = _finished(job)
+        return _plan(job, alone=alone) if found is None else found
+
+    with at_work(job.folder, share, prepare) as place:
+        done = place.prepared if isinstance(place.prepared, dict) else None
+        if isinstance(place.prepared, _Plan):
+            plan = place.prepared
+            _encode(job, plan, range(len(plan.parts)) if share is None else share.parts(len(plan.parts)))
             if _states(job.files) != before:
                 raise InputError("an input file changed while it was read; run the same command again.")
-            done = _write(job, list(parts), backend)
+            if share is not None:
+                print(f"Share {share}: all its parts are encoded. When every share's are, the same command without --share merges them.")
+                return {}
+            done = _write(job, plan)
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
-        shutil.rmtree(job.folder)
+        if share is None:
+            remove_folder(job.folder)
+    assert done is not None
     return done
 
 
@@ -122,8 +142,9 @@ def _proved_backend(job: _Job) -> Backend:
     return with_fast_backend(job.tokenizer, sample, choice=config.fast_tokenizer)
 
 
-def _plan(job: _Job, backend: Backend) -> dict[Path, Part]:
-    """Cut the input into parts, and return the folder that each is encoded into, in the order of the input."""
+def _plan(job: _Job, *, alone: bool) -> _Plan:
+    """Cut the input into parts, and take up the folder that they are encoded into. alone: no other run is at work there."""
+    backend = _proved_backend(job)
     total = sum(record.bytes for record in job.inputs)
     usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
     wanted = job.config.partitions
@@ -133,18 +154,31 @@ def _plan(job: _Job, backend: Backend) -> dict[Path, Part]:
         "inputs": [[record.path, record.sha256] for record in job.inputs],
         "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
     }
-    take_up(job.folder, plan, outputs=[file for prefix in job.prefixes().values() for file in (bin_file(prefix), idx_file(prefix))])
-    return {job.folder / f"{number:06d}": part for number, part in enumerate(parts)}
+    outputs = [file for prefix in job.prefixes().values() for file in (bin_file(prefix), idx_file(prefix))]
+    take_up(job.folder, plan, outputs=outputs, alone=alone)
+    return _Plan(parts=[(job.folder / f"{number:06d}", part) for number, part in enumerate(parts)], backend=backend)
 
 
-def _encode(job: _Job, parts: dict[Path, Part], backend: Backend) -> None:
-    left = {folder: part for folder, part in parts.items() if read_summary(folder) is None}
-    if len(left) < len(parts):
-        print(f"{len(parts) - len(left)} of {len(parts)} parts are finished already; going on with the rest.")
+def _encode(job: _Job, plan: _Plan, numbers: Sequence[int]) -> None:
+    """Encode the parts of these numbers that are not encoded yet."""
+    left = {folder: part for folder, part in (plan.parts[number] for number in numbers) if read_summary(folder) is None}
+    if len(left) < len(numbers):
+        print(f"{len(numbers) - len(left)} of {len(numbers)} parts are finished already; going on with the rest.")
     if not left:
         return
+    config, setup = job.config, _worker_setup(job, plan.backend)
+    lines = [part.lines for part in left.values()]
+    total = None if None in lines else sum(count for count in lines if count is not None)
+    with Progress("preprocess", total=total, unit="documents") as progress:
+        if config.executor == "ray":
+            encode_parts_on_ray(left, setup, address=config.ray_address, report=progress.add)
+        else:
+            encode_parts(left, setup, workers=config.workers, report=progress.add)
+
+
+def _worker_setup(job: _Job, backend: Backend) -> WorkerSetup:
     config = job.config
-    setup = WorkerSetup(
+    return WorkerSetup(
         tokenizer_path=config.tokenizer_model,
         fingerprint=job.tokenizer.fingerprint,
         fast=backend.tokenizer is not job.tokenizer,
@@ -160,13 +194,9 @@ def _encode(job: _Job, parts: dict[Path, Part], backend: Backend) -> None:
         ),
         log_interval=config.log_interval,
     )
-    lines = [part.lines for part in left.values()]
-    total = None if None in lines else sum(count for count in lines if count is not None)
-    with Progress("preprocess", total=total, unit="documents") as progress:
-        encode_parts(left, setup, workers=config.workers, report=progress.add)
 
 
-def _write(job: _Job, folders: Sequence[Path], backend: Backend) -> dict[str, Manifest]:
+def _write(job: _Job, plan: _Plan) -> dict[str, Manifest]:
     """Write the data set of each key, verify it, and write its manifest last."""
     tokenizer = job.tokenizer
     origin = Origin(
@@ -177,10 +207,10 @@ def _write(job: _Job, folders: Sequence[Path], backend: Backend) -> dict[str, Ma
         named=", ".join(job.config.input),
         facts={
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
-            "encoding": backend.facts,
+            "encoding": plan.backend.facts,
         },
     )
-    manifests = write_data_sets(job.config, folders, origin)
+    manifests = write_data_sets(job.config, [folder for folder, _ in plan.parts], origin)
     for key, manifest in manifests.items():
         write_manifest(manifest_file(job.config.prefix(key)), manifest)
     return manifests

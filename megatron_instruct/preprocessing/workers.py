@@ -54,11 +54,15 @@ class _Report:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """From a worker: an error that the user can mend. As text, since an exception's own arguments need not survive the pipe."""
+class Failure:
+    """From a worker: an error that the user can mend. As text, since an exception's own arguments need not survive the way."""
 
     kind: type[Exception]
     message: str
+
+    def error(self) -> Exception:
+        # not called, since a class may take other arguments than its message
+        return self.kind.__new__(self.kind, self.message)
 
 
 @dataclass
@@ -83,9 +87,8 @@ def encode_parts(work: Mapping[Path, Part], setup: WorkerSetup, *, workers: int,
         while any(worker.part for worker in team):
             for worker in _with_news(team):
                 message = _receive(worker)
-                if isinstance(message, _Failure):
-                    # Not called, since a class may take other arguments than its message.
-                    raise message.kind.__new__(message.kind, message.message)
+                if isinstance(message, Failure):
+                    raise message.error()
                 report(message.documents)
                 if message.finished:
                     _hand_out(worker, waiting)
@@ -107,9 +110,9 @@ def _with_news(team: Iterable[_Worker]) -> list[_Worker]:
     return [worker for worker in busy if worker.connection in ready]
 
 
-def _receive(worker: _Worker) -> _Report | _Failure:
+def _receive(worker: _Worker) -> _Report | Failure:
     try:
-        message: _Report | _Failure = worker.connection.recv()
+        message: _Report | Failure = worker.connection.recv()
     except (EOFError, ConnectionResetError):
         raise _death_of(worker) from None
     return message
@@ -179,7 +182,7 @@ def work(connection_descriptor: int, lifeline: int) -> None:
     setup: WorkerSetup = connection.recv()
     task: _Work | None = None
     try:
-        encoder = _encoder(setup)
+        encoder = make_encoder(setup)
         while (task := connection.recv()) is not None:
             pending = 0
 
@@ -193,13 +196,14 @@ def work(connection_descriptor: int, lifeline: int) -> None:
             encoder.encode(task.part, task.folder, report)
             connection.send(_Report(pending, finished=True))
     except MegatronInstructError as error:
-        connection.send(_Failure(type(error), str(error)))
+        connection.send(Failure(type(error), str(error)))
     except OSError as error:
         where = f" while encoding {task.part} into {task.folder.parent}" if task is not None else ""
-        connection.send(_Failure(OSError, f"{error}{where}"))
+        connection.send(Failure(OSError, f"{error}{where}"))
 
 
-def _encoder(setup: WorkerSetup) -> PartEncoder:
+def make_encoder(setup: WorkerSetup) -> PartEncoder:
+    """Load the tokenizer; InputError where it is another one than the parent process loaded."""
     tokenizer = load_tokenizer(setup.tokenizer_path)
     if tokenizer.fingerprint != setup.fingerprint:
         raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.errors import InputError
+from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json, write_json
 
 _PLAN = "plan.json"
 
 
-def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path]) -> None:
-    """Make `folder` hold `plan` and no parts but its own. To be called with the folder locked.
+def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True) -> None:
+    """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder.
 
-    Raises InputError where files of `outputs` exist already that no run of this folder began.
+    Raises InputError where files of `outputs` exist already that no run of this folder began, ConfigError where others have another plan.
     """
     plan = json.loads(json.dumps(plan))
     plan_file = folder / _PLAN
@@ -32,6 +32,8 @@ def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path]) -> None:
                 )
     elif read_json(plan_file) == plan:
         return
+    elif not alone:
+        raise ConfigError(f"another share is at work in {folder} with other inputs or settings; give all shares the same command.")
     else:
         print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
     for leftover in folder.iterdir():

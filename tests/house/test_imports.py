@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_instruct"
 STAGE_LAYER = 3
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "records", "manifest", "files", "progress", "shares"), 0),
+    **dict.fromkeys(("errors", "config", "records", "manifest", "files", "progress", "shares", "cluster"), 0),
     **dict.fromkeys(("corpora", "templates", "tokenizer", "platform"), 1),
     **dict.fromkeys(("models",), 2),
     **dict.fromkeys(("synthesis", "preprocessing", "training", "conversion", "evaluation"), STAGE_LAYER),

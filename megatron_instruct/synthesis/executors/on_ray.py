@@ -4,13 +4,12 @@ Each actor owns an engine, and as many GPUs as one model is divided over; one mo
 An actor that dies gives its shards back and is replaced, a limited number of times.
 """
 
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_instruct.errors import ConfigError, EngineError, MegatronInstructError, MissingPackageError
+from megatron_instruct.cluster import ray_cluster
+from megatron_instruct.errors import ConfigError, EngineError, MegatronInstructError
 from megatron_instruct.synthesis.dispatch import Dispatch
 from megatron_instruct.synthesis.worker import Assignment, Report, Worker
 
@@ -23,24 +22,8 @@ def run_on_ray(assignment: Assignment, shards: Sequence[int], report: Callable[[
 
     Raises EngineError, ConfigError and what else stops a worker; what was finished is kept.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingPackageError("ray", extra="cluster", purpose="executor=ray") from error
-    started_here = not ray.is_initialized()
-    if started_here:
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # Ray 2.60: leave CUDA_VISIBLE_DEVICES alone where no GPU is claimed
-        try:
-            ray.init(address=assignment.config.ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            raise ConfigError(f"ray_address={assignment.config.ray_address!r}: no Ray cluster answers there ({error}).") from error
-    try:
+    with ray_cluster(assignment.config.ray_address) as ray:
         _Actors(ray, assignment, shards).run(report)
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 class _Actors:

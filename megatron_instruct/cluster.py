@@ -1,0 +1,34 @@
+"""A Ray cluster as the place where a stage's work is done: joining it, or starting one on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_instruct.errors import ConfigError, MissingPackageError
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None) -> Iterator[Any]:
+    """Yield the module ray, joined to the cluster at `address`, or by default to RAY_ADDRESS's, else to one of this machine's cores.
+
+    What was joined here is left at the end. Raises MissingPackageError, and ConfigError where no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackageError("ray", extra="cluster", purpose="executor=ray") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    # Ray 2.60: leave CUDA_VISIBLE_DEVICES alone where no GPU is claimed
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ConfigError(f"ray_address={address!r}: no Ray cluster answers there ({error}).") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

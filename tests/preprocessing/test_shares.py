@@ -1,0 +1,106 @@
+"""The same parts on several machines: shares in one folder, an array of Slurm jobs, a Ray cluster; always the bytes of one machine."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.preprocessing.config import PreprocessConfig
+from megatron_instruct.preprocessing.run import run
+from megatron_instruct.shares import Share, at_work
+
+ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def settings(corpus: Path, tokenizer_folder: Path) -> dict[str, Any]:
+    return {
+        "input": (str(corpus),),
+        "tokenizer_model": tokenizer_folder,
+        "append_eod": True,
+        "partitions": 9,
+        "workers": 1,
+        "shuffle_seed": 1,
+        "fast_tokenizer": "none",
+    }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_shares_in_any_order_end_with_the_bytes_of_one_machine(tmp_path: Path, settings: dict[str, Any]) -> None:
+    run(PreprocessConfig(output_prefix=tmp_path / "one" / "a", **settings))
+    shared = tmp_path / "shared" / "a"
+    for share in ("2/3", "0/3"):
+        assert run(PreprocessConfig(output_prefix=shared, share=share, **settings)) == {}
+    assert not shared.with_name("a_text_document.bin").exists()
+    run(PreprocessConfig(output_prefix=shared, **settings))  # the share that is missing, and the merge
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
+    again = run(PreprocessConfig(output_prefix=shared, share="1/3", **settings))
+    assert again["text"].counts["documents"] > 0, "finished already"
+
+
+def test_a_share_that_is_at_work_and_other_settings_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    prefix = tmp_path / "a"
+    run(PreprocessConfig(output_prefix=prefix, share="0/2", **settings))
+    with at_work(tmp_path / "a.parts", Share(0, 2), lambda alone: alone):
+        with pytest.raises(ConfigError, match=r"share 0/2 of .* is at work already"):
+            run(PreprocessConfig(output_prefix=prefix, share="0/2", **settings))
+        with pytest.raises(ConfigError, match="another run is writing to"):
+            run(PreprocessConfig(output_prefix=prefix, **settings))
+        with pytest.raises(ConfigError, match=r"another share is at work in .* with other inputs or settings"):
+            run(PreprocessConfig(output_prefix=prefix, share="1/2", **{**settings, "append_eod": False}))
+        run(PreprocessConfig(output_prefix=prefix, share="1/2", **settings))
+    run(PreprocessConfig(output_prefix=prefix, **settings))
+    assert not (tmp_path / "a.parts").exists()
+
+
+def test_an_array_of_slurm_jobs_is_the_shares(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """srun is stood in for by a script that runs its words: what the example makes of Slurm's variables is tried."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    flags = ["--input", settings["input"][0], "--tokenizer-model", settings["tokenizer_model"], "--append-eod"]
+    flags += ["--fast-tokenizer", "none", "--partitions", "9", "--shuffle-seed", "1", "--workers", "1"]
+    command = ["bash", ROOT / "examples" / "slurm" / "preprocess.sbatch", *flags, "--output-prefix", tmp_path / "array" / "a"]
+    array = {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for variables in ({**array, "SLURM_ARRAY_TASK_ID": "4"}, {**array, "SLURM_ARRAY_TASK_ID": "5"}, {}):
+        words = list(map(str, command))
+        result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**environment, **variables}, check=False)
+        assert result.returncode == 0, result.stderr
+    assert "9 of 9 parts are finished already" in result.stdout
+    run(PreprocessConfig(output_prefix=tmp_path / "one" / "a", **settings))
+    assert content(tmp_path / "array") == content(tmp_path / "one")
+
+
+def test_a_ray_cluster_gives_the_bytes_of_one_machine(tmp_path: Path, settings: dict[str, Any], start: Start) -> None:
+    pytest.importorskip("ray", reason="needs the extra 'cluster'")
+    run(PreprocessConfig(output_prefix=tmp_path / "one" / "a", **settings))
+    flags = ["--input", settings["input"][0], "--tokenizer-model", settings["tokenizer_model"], "--append-eod"]
+    flags += ["--fast-tokenizer", "none", "--partitions", 9, "--shuffle-seed", 1, "--executor", "ray"]
+    process = start("preprocess_data.py", *flags, "--output-prefix", tmp_path / "ray" / "a")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"share": "2/2"}, "share=2/2: shares of 2 are numbered from 0 to 1"),
+        ({"share": "one"}, "share='one' is not of the form I/N"),
+        ({"ray_address": "auto"}, "ray_address=auto needs executor=ray"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PreprocessConfig(output_prefix=tmp_path / "a", **settings, **given)
