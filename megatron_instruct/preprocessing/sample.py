@@ -16,14 +16,18 @@ from megatron_instruct.preprocessing.documents import DocumentMaker
 
 _PLACES = 24
 """Places of the input that are looked at."""
-_PLACE_BYTES = 1 << 13
+_PLACE_BYTES = range(1 << 13, 1 << 17)
+"""Looked at in each: a hundredth of the input over all places, within these bounds."""
 _PLACE_RECORDS = 32
 _LONGEST = 1 << 14
 """Characters of a text that are compared."""
 
 
 def sample_texts(files: Sequence[Path], maker: DocumentMaker) -> list[str]:
-    """Return about 200 kB of text from all over the input; faulty records are passed over, since reading them all will name them."""
+    """Return about a hundredth of the input, 200 kB to 3 MB, from all over it.
+
+    Faulty records are passed over: reading them all will name them.
+    """
     texts: list[str] = []
     try:
         for record in _records(files):
@@ -38,21 +42,22 @@ def sample_texts(files: Sequence[Path], maker: DocumentMaker) -> list[str]:
 def _records(files: Sequence[Path]) -> Iterator[Record | BrokenRecord]:
     sizes = [file.stat().st_size for file in files]
     total, before = sum(sizes), 0
+    place_bytes = min(max(total // (100 * _PLACES), _PLACE_BYTES.start), _PLACE_BYTES.stop)
     places = [total * place // _PLACES for place in range(_PLACES)]
     for file, size in zip(files, sizes, strict=True):
         inside = [place - before for place in places if before <= place < before + size]
         before += size
         if file.suffix == ".jsonl":
             for offset in inside:
-                yield from json_lines(_lines_at(file, offset), file)
+                yield from json_lines(_lines_at(file, offset, place_bytes), file)
         elif inside:
             yield from islice(read_records(file), _PLACE_RECORDS * len(inside))
 
 
-def _lines_at(file: Path, offset: int) -> list[bytes]:
-    """Return the lines that start after `offset`, or at the start of the file, some kilobytes of them and at least one."""
+def _lines_at(file: Path, offset: int, size: int) -> list[bytes]:
+    """Return the lines that start after `offset`, or at the start of the file, about `size` bytes of them and at least one."""
     with open(file, "rb") as stream:
         if offset:
             stream.seek(offset - 1)
             stream.readline()
-        return stream.readlines(_PLACE_BYTES)
+        return stream.readlines(size)
