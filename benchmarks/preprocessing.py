@@ -294,7 +294,7 @@ def main() -> None:
         made[part] = {"peers": peers, "memory": memory, "workers": workers, "short": short, "rendering": rendering}[part](bench)
     about = {
         "megabytes": options.megabytes,
-        "workers": options.workers,
+        "processes": options.workers,
         "repetitions": options.repetitions,
         "versions": {name: importlib.metadata.version(name) for name in ("gigatoken", "sentencepiece", "tokenizers", "megatron-core")},
         "machine": platform.processor() or platform.machine(),
