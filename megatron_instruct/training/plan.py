@@ -95,10 +95,10 @@ def _check_sequence(config: PretrainConfig, layout: ParallelLayout) -> None:
     parts = 2 * layout.context if layout.context > 1 else 1
     if length % parts:
         raise ConfigError(f"seq_length={length} is not a multiple of 2 * context_parallel_size = {parts}; change either.")
-    if layout.sequence_parallel and length // layout.context % layout.tensor:
+    if layout.sequence_parallel and length % (layout.context * layout.tensor):
         raise ConfigError(
-            f"seq_length={length} over context_parallel_size={layout.context} is not a multiple of "
-            f"tensor_model_parallel_size={layout.tensor}, as sequence_parallel needs."
+            f"seq_length={length} is not a multiple of context_parallel_size * tensor_model_parallel_size "
+            f"= {layout.context} * {layout.tensor}, as sequence_parallel needs; change either."
         )
     if layout.context > 1 and config.data.reset_attention_mask:
         raise ConfigError(

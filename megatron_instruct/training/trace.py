@@ -48,13 +48,14 @@ class Piece:
 
 def run(config: TraceConfig) -> None:
     """Print the documents of each step."""
+    settings = _settings(config)  # torch and megatron-core take seconds to import: a wrong folder or step is told without them
+
     from megatron_instruct.platform import noise
 
     noise.silence()
     from megatron_instruct.training.data import training_samples
     from megatron_instruct.training.sources import find_sources
 
-    settings = _settings(config)
     folder = settings.data.tokenizer_model or config.save / "tokenizer"
     tokenizer = load_tokenizer(folder)
     samples = training_samples(settings, find_sources(settings.data, tokenizer))

@@ -24,7 +24,7 @@ def test_a_model_learns_a_real_corpus_under_tensor_and_pipeline_parallelism(
     result = torchrun_session(4, PRETRAIN, *words)
     assert result.returncode == 0, result.stderr  # type: ignore[attr-defined]
     output: str = result.stdout  # type: ignore[attr-defined]
-    assert output.count("4 x cpu: tensor 2, pipeline 2, data 1") == 1
+    assert output.count("4 x cpu: tensor 2, context 1, pipeline 2, data 1") == 1
     assert output.count("iteration 60/60") == 1
 
     found = read_metrics(save)

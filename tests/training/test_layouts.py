@@ -30,9 +30,11 @@ FOUR = {
     "tensor pipeline": (*TENSOR, *PIPELINE),
     "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
     "tensor distributed optimizer": (*TENSOR, *SHARDED),
+    "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
+}
+FOUR_WITH_CONTEXT = {
     "tensor context": (*SEQUENCE, *CONTEXT),
     "pipeline context distributed optimizer": (*PIPELINE, *CONTEXT, *SHARDED),
-    "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
 }
 
 
@@ -69,6 +71,12 @@ def test_two_processes_equal_one(name: str, one: dict[str, Path], two: dict[str,
 @pytest.mark.parametrize("name", [name for name in FOUR if not name.startswith("initial")])
 def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[str, Path]) -> None:
     assert_equal_runs(four[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_that_share_sequences_equal_one(runs: Runs, one: dict[str, Path]) -> None:
+    for folder in runs(4, FOUR_WITH_CONTEXT, {}).values():
+        assert_equal_runs(folder, one["reference"], tolerance=1e-5)
 
 
 def test_resumed_in_one_process_equals_the_undisturbed_run_exactly(one: dict[str, Path]) -> None:
