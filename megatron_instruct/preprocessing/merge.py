@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.files import atomic_write
-from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file, write_index
+from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.layout import Integers, Layout, layout, ragged
 from megatron_instruct.preprocessing.part_files import (
     REJECTS,
@@ -44,10 +44,6 @@ class MergeOptions:
     """Each document ends with the end-of-document token."""
     shuffle_seed: int | None
     pack_sequence_length: int | None
-
-
-def roles_file(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".roles")
 
 
 def merge_tokens(folders: Sequence[Path], key: str, prefix: Path, options: MergeOptions, *, with_roles: bool) -> Layout | None:
