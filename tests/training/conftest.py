@@ -139,24 +139,30 @@ TWO: dict[str, tuple[object, ...]] = {
     "overlapped": OVERLAPPED,
     "interleaved": INTERLEAVED,
     "sequence parallel": SEQUENCE,
-    "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
-    "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
     "context": CONTEXT,
-    "data micro batch 1": ("--micro-batch-size", 1),
 }
-TWO_WITHIN: dict[str, tuple[object, ...]] = {
-    "tensor within documents": (*SEQUENCE, *WITHIN),
-    "pipeline within documents": (*PIPELINE, "--recompute-granularity", "full", *WITHIN),
-}
+TWO_WITHIN: dict[str, tuple[object, ...]] = {"tensor within documents": (*SEQUENCE, *WITHIN)}
 TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again pipeline": ("pipeline", PIPELINE),
     "again distributed optimizer": ("distributed optimizer", SHARDED),
+    "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
+    "interleaved to data": ("interleaved", ()),
+}
+
+# what takes longer, marked slow
+MORE: dict[str, tuple[object, ...]] = {
+    "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
+    "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
+    "data micro batch 1": ("--micro-batch-size", 1),
+}
+MORE_WITHIN: dict[str, tuple[object, ...]] = {
+    "pipeline within documents": (*PIPELINE, "--recompute-granularity", "full", *WITHIN),
+}
+MORE_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again overlapped": ("overlapped", OVERLAPPED),
     "again interleaved": ("interleaved", INTERLEAVED),
     "again context": ("context", CONTEXT),
     "again sequence parallel": ("sequence parallel", SEQUENCE),
-    "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
-    "interleaved to data": ("interleaved", ()),
 }
 
 
@@ -179,11 +185,15 @@ def one(runs: Runs, blend: tuple[object, ...]) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def two(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[str, Path]:
     """Runs of two processes."""
-    elsewhere = {
-        "one to tensor": (one["reference"], TENSOR),
-        "one to interleaved": (one["reference"], INTERLEAVED),
-    }
+    elsewhere = {"one to tensor": (one["reference"], TENSOR)}
     return runs(2, {**TWO, **TWO_WITHIN, "blend": (*TENSOR, *blend)}, {**TWO_RESUMED, **elsewhere})
+
+
+@pytest.fixture(scope="session")
+def more(runs: Runs, one: dict[str, Path], two: dict[str, Path]) -> dict[str, Path]:
+    """Further runs of two processes."""
+    resumed = {name: (two[source], layout) for name, (source, layout) in MORE_RESUMED.items()}
+    return runs(2, {**MORE, **MORE_WITHIN}, {**resumed, "one to interleaved": (one["reference"], INTERLEAVED)})
 
 
 @pytest.fixture(scope="session")

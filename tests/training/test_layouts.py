@@ -11,6 +11,9 @@ from .conftest import (
     CONTEXT,
     FIRST_STEP_IDLE,
     ITERATIONS,
+    MORE,
+    MORE_RESUMED,
+    MORE_WITHIN,
     PIPELINE,
     SEQUENCE,
     SHARDED,
@@ -29,10 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FOUR = {
     "tensor pipeline": (*TENSOR, *PIPELINE),
     "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
-    "tensor distributed optimizer": (*TENSOR, *SHARDED),
     "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
 }
-FOUR_WITH_CONTEXT = {
+FOUR_MORE = {
+    "tensor distributed optimizer": (*TENSOR, *SHARDED),
     "tensor context": (*SEQUENCE, *CONTEXT),
     "pipeline context distributed optimizer": (*PIPELINE, *CONTEXT, *SHARDED),
 }
@@ -68,14 +71,20 @@ def test_two_processes_equal_one(name: str, one: dict[str, Path], two: dict[str,
     assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_two_processes_laid_out_in_rarer_ways_equal_one(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more[name], one["reference"], tolerance=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in FOUR if not name.startswith("initial")])
 def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[str, Path]) -> None:
     assert_equal_runs(four[name], one["reference"], tolerance=1e-5)
 
 
 @pytest.mark.slow
-def test_four_processes_that_share_sequences_equal_one(runs: Runs, one: dict[str, Path]) -> None:
-    for folder in runs(4, FOUR_WITH_CONTEXT, {}).values():
+def test_four_processes_laid_out_in_rarer_ways_equal_one(runs: Runs, one: dict[str, Path]) -> None:
+    for folder in runs(4, FOUR_MORE, {}).values():
         assert_equal_runs(folder, one["reference"], tolerance=1e-5)
 
 
@@ -101,6 +110,12 @@ def test_attention_within_documents_is_the_same_in_two_processes_and_another_tha
     assert read_metrics(one["within documents"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_WITHIN)
+def test_attention_within_documents_is_the_same_with_recomputation(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more[name], one["within documents"], tolerance=1e-5)
+
+
 def test_bf16_stays_near_fp32(one: dict[str, Path]) -> None:
     found, wanted = read_metrics(one["bf16"]).training, read_metrics(one["reference"]).training
     assert len(found) == 3
@@ -118,9 +133,19 @@ def test_resumed_in_two_processes(name: str, two: dict[str, Path]) -> None:
         assert_equal_runs(two[name], source, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ["one to tensor", "one to interleaved"])
-def test_a_run_of_one_process_goes_on_in_two(name: str, one: dict[str, Path], two: dict[str, Path]) -> None:
-    assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_RESUMED)
+def test_resumed_in_two_processes_laid_out_in_rarer_ways(name: str, two: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_same_end(more[name], two[MORE_RESUMED[name][0]])
+
+
+def test_a_run_of_one_process_goes_on_in_two(one: dict[str, Path], two: dict[str, Path]) -> None:
+    assert_equal_runs(two["one to tensor"], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_an_interleaved_pipeline(one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more["one to interleaved"], one["reference"], tolerance=1e-5)
 
 
 def test_a_run_of_two_processes_goes_on_in_four(two: dict[str, Path], four: dict[str, Path]) -> None:
