@@ -12,6 +12,7 @@ Messages name the field or file, the value, the rule and the remedy. An `assert`
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class MegatronInstructError(Exception):
@@ -51,6 +52,19 @@ class TrainingError(MegatronInstructError):
     """A training run cannot go on."""
 
     exit_status = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error on its way to another process. As text, since an exception's own arguments need not survive the way."""
+
+    kind: type[Exception]
+    message: str
+
+    def error(self, *, of: str = "") -> Exception:
+        """Return the error. of: what is put before its message, such as the name of the process that failed."""
+        # not called, since a class may take other arguments than its message
+        return self.kind.__new__(self.kind, of + self.message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

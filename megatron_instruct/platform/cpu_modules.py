@@ -3,6 +3,7 @@
 Shapes: S sequence, B batch, H query heads, G key/value groups, D head size, C hidden size; all of this rank.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -73,8 +74,9 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         return ~allowed_SS[None, None] if attention_mask is None else attention_mask | ~allowed_SS
 
 
+@functools.lru_cache(maxsize=4)
 def _later_positions(length: int, *, size: int, rank: int, window: int | None) -> torch.Tensor:
-    """Return [1, 1, S, S * size], True where a key comes after the query, or before its window.
+    """Return [1, 1, S, S * size], True where a key comes after the query, or before its window. One for all layers, to be read only.
 
     The sequence is cut into 2 * size parts; rank r holds part r and part 2 * size - 1 - r, so that all have as much to do
     (megatron-core's get_batch_on_this_cp_rank).

@@ -18,12 +18,11 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, write_json
 from megatron_instruct.preprocessing.blocks import Block, BlockReader
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions
-from megatron_instruct.preprocessing.indexed_dataset import token_dtype
 from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
 from megatron_instruct.preprocessing.part_writer import PartWriter
 from megatron_instruct.preprocessing.sentences import sentence_splitter
 from megatron_instruct.preprocessing.tokens import encode_texts, end_documents, keep_documents, split_long
-from megatron_instruct.tokenizer import Tokenizer
+from megatron_instruct.tokenizer import Tokenizer, token_dtype
 
 _TOO_SHORT, _TOO_LONG = "too short", "too long"
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from megatron_instruct.errors import InputError
 from megatron_instruct.records import ROLES_SUFFIX
-from megatron_instruct.tokenizer.flat import token_dtype as token_dtype
 
 Tokens = npt.NDArray[Any]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_instruct.cluster import ray_cluster
 from megatron_instruct.corpora.parts import Part
-from megatron_instruct.errors import MegatronInstructError
+from megatron_instruct.errors import Failure, MegatronInstructError
 from megatron_instruct.preprocessing.encode import PartEncoder
-from megatron_instruct.preprocessing.workers import Failure, WorkerSetup, make_encoder
+from megatron_instruct.preprocessing.workers import WorkerSetup, make_encoder
 
 _RETRIES = 3
 _AHEAD = 2

@@ -14,11 +14,11 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.manifest import FileRecord, Manifest, record
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import RenderOptions
-from megatron_instruct.preprocessing.indexed_dataset import roles_file, token_dtype
+from megatron_instruct.preprocessing.indexed_dataset import roles_file
 from megatron_instruct.preprocessing.merge import MergeOptions, merge_rejects, merge_tokens
 from megatron_instruct.preprocessing.part_files import PartSummary, read_summary
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
-from megatron_instruct.tokenizer import Tokenizer
+from megatron_instruct.tokenizer import Tokenizer, token_dtype
 
 STAGE = "preprocess"
 RENDERING = "rendering"

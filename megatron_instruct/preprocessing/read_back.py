@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from megatron_instruct.manifest import FileRecord, record
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file
-from megatron_instruct.preprocessing.verify import require_sound, structure_faults
-from megatron_instruct.records import ROLE_CODES
+from megatron_instruct.preprocessing.verify import count_roles, require_sound, structure_faults
 
 _CHUNK_BYTES = 1 << 23
 
@@ -63,18 +62,15 @@ def checked_files(prefix: Path, wanted: Wanted) -> tuple[FileRecord, FileRecord]
 def checked_roles(path: Path, prefix: Path, wanted: Wanted) -> tuple[FileRecord, Mapping[str, int]]:
     """Check PREFIX.roles, and return its record and the number of tokens of each role."""
     digest = hashlib.sha256()
-    found = np.zeros(256, dtype=np.int64)
-    for codes in _pieces(path, np.dtype(np.uint8)):
-        digest.update(codes.data)
-        found += np.bincount(codes, minlength=256)
-    tokens = int(found.sum())
-    faults = [f"{path.name} has roles of {tokens} tokens; the data set has {wanted.tokens}"] if tokens != wanted.tokens else []
-    if found[len(ROLE_CODES) :].any():
-        faults.append(f"{path.name} holds bytes that stand for no role")
+
+    def digested() -> Iterator[npt.NDArray[np.uint8]]:
+        for codes in _pieces(path, np.dtype(np.uint8)):
+            digest.update(codes.data)
+            yield codes
+
+    roles, faults = count_roles(path.name, digested(), wanted.tokens)
     require_sound(prefix, faults)
-    return FileRecord(path=path.name, bytes=tokens, sha256=digest.hexdigest()), {
-        role: int(found[code]) for role, code in ROLE_CODES.items()
-    }
+    return FileRecord(path=path.name, bytes=wanted.tokens, sha256=digest.hexdigest()), roles
 
 
 def _pieces(path: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -79,8 +79,9 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
         return _plan(job, alone=alone) if found is None else found
 
     with at_work(job.folder, share, prepare) as place:
-        done = place.prepared if isinstance(place.prepared, dict) else None
-        if isinstance(place.prepared, _Plan):
+        if isinstance(place.prepared, dict):
+            done = place.prepared
+        else:
             plan = place.prepared
             _encode(job, plan, range(len(plan.parts)) if share is None else share.parts(len(plan.parts)))
             if _states(job.files) != before:
@@ -92,7 +93,6 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
         if share is None:
             remove_folder(job.folder)
-    assert done is not None
     return done
 
 

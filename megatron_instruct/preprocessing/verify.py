@@ -3,17 +3,19 @@
 Comes in: a prefix. Goes out: what was found, with every fault in words; nothing is repaired.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
 from megatron_instruct.manifest import Manifest, read_manifest
-from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file, token_dtype
+from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file
 from megatron_instruct.records import ROLE_CODES
+from megatron_instruct.tokenizer import token_dtype
 
 _CHUNK = 1 << 22
 
@@ -68,15 +70,22 @@ def _roles(prefix: Path, tokens: int) -> tuple[dict[str, int] | None, list[str]]
     path = roles_file(prefix)
     if not path.is_file():
         return None, []
-    size = path.stat().st_size
-    faults = [f"{path.name} has roles of {size} tokens; the data set has {tokens}"] if size != tokens else []
-    found = np.zeros(256, dtype=np.int64)
     with open(path, "rb") as stream:
-        while content := stream.read(_CHUNK):
-            found += np.bincount(np.frombuffer(content, dtype=np.uint8), minlength=256)
+        return count_roles(
+            path.name, (np.frombuffer(content, dtype=np.uint8) for content in iter(lambda: stream.read(_CHUNK), b"")), tokens
+        )
+
+
+def count_roles(name: str, pieces: Iterable[npt.NDArray[np.uint8]], tokens: int) -> tuple[dict[str, int], list[str]]:
+    """Return the tokens of each role in a file of roles that is read in pieces, and what is wrong with it. tokens: of the data set."""
+    found = np.zeros(256, dtype=np.int64)
+    for codes in pieces:
+        found += np.bincount(codes, minlength=256)
+    size = int(found.sum())
+    faults = [f"{name} has roles of {size} tokens; the data set has {tokens}"] if size != tokens else []
     unknown = np.flatnonzero(found[len(ROLE_CODES) :]) + len(ROLE_CODES)
     if len(unknown):
-        faults.append(f"{path.name} holds {found[unknown].sum()} bytes that stand for no role, such as {unknown[0]}")
+        faults.append(f"{name} holds {found[unknown].sum()} bytes that stand for no role, such as {unknown[0]}")
     return {role: int(found[code]) for role, code in ROLE_CODES.items()}, faults
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import megatron_instruct
 from megatron_instruct.corpora.parts import Part
-from megatron_instruct.errors import InputError, MegatronInstructError
+from megatron_instruct.errors import Failure, InputError, MegatronInstructError
 from megatron_instruct.preprocessing.encode import EncodeOptions, PartEncoder
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.tokenizer.fast import fast_tokenizer
@@ -51,18 +51,6 @@ class _Report:
 
     documents: int
     finished: bool
-
-
-@dataclass(frozen=True)
-class Failure:
-    """From a worker: an error that the user can mend. As text, since an exception's own arguments need not survive the way."""
-
-    kind: type[Exception]
-    message: str
-
-    def error(self) -> Exception:
-        # not called, since a class may take other arguments than its message
-        return self.kind.__new__(self.kind, self.message)
 
 
 @dataclass

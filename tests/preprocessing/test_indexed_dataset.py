@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.preprocessing.indexed_dataset import DTYPES, IndexedDataset, bin_file, idx_file, token_dtype, write_index
+from megatron_instruct.preprocessing.indexed_dataset import DTYPES, IndexedDataset, bin_file, idx_file, write_index
 from megatron_instruct.preprocessing.verify import verify
+from megatron_instruct.tokenizer import token_dtype
 
 RANDOM = np.random.default_rng(0)
 DOCUMENTS = [RANDOM.integers(0, 60_000, size=RANDOM.integers(1, 50)) for _ in range(300)]

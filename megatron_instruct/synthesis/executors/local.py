@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from megatron_instruct.errors import ConfigError, EngineError, MegatronInstructError
+from megatron_instruct.errors import ConfigError, EngineError, Failure, MegatronInstructError
 from megatron_instruct.synthesis.dispatch import Dispatch
 from megatron_instruct.synthesis.worker import Assignment, Report, Worker
 
@@ -25,8 +25,7 @@ _SECONDS = 1.0
 class _Ended:
     """A worker's last message: why it gave up, or None when there was nothing left to do."""
 
-    message: str | None = None
-    exit_status: int = 0
+    failure: Failure | None = None
 
 
 def run_local(assignment: Assignment, shards: Sequence[int], report: Callable[[Report], None]) -> None:
@@ -86,10 +85,8 @@ class _Processes:
             self._dispatch.report(worker, message)
         elif message is None:
             connection.send(self._dispatch.next_shard(worker))
-        elif message.message is not None:
-            error = MegatronInstructError(f"worker {worker}: {message.message}")
-            error.exit_status = message.exit_status
-            raise error
+        elif message.failure is not None:
+            raise message.failure.error(of=f"worker {worker}: ")
         else:
             process.join()
             self._forget(connection)
@@ -163,8 +160,8 @@ def _work(connection: Connection, assignment: Assignment, place: _Place) -> None
         Worker(assignment, next_shard, connection.send).run()
         connection.send(_Ended())
     except MegatronInstructError as error:
-        connection.send(_Ended(str(error), error.exit_status))
+        connection.send(_Ended(Failure(type(error), str(error))))
     except (BrokenPipeError, EOFError):
         sys.exit("the run that started this worker is gone")
     except OSError as error:  # a full disk, say: no worker that took its place would fare better
-        connection.send(_Ended(str(error), 1))
+        connection.send(_Ended(Failure(MegatronInstructError, str(error))))

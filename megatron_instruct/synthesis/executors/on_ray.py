@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_instruct.cluster import ray_cluster
-from megatron_instruct.errors import ConfigError, EngineError, MegatronInstructError
+from megatron_instruct.errors import ConfigError, EngineError, Failure, MegatronInstructError
 from megatron_instruct.synthesis.dispatch import Dispatch
 from megatron_instruct.synthesis.worker import Assignment, Report, Worker
 
@@ -84,9 +84,7 @@ class _Actors:
             self._start(worker)
             return
         if failure is not None:
-            raised = MegatronInstructError(f"worker {worker}: {failure[0]}")
-            raised.exit_status = failure[1]
-            raise raised
+            raise failure.error(of=f"worker {worker}: ")
 
 
 class _Actor:
@@ -95,7 +93,7 @@ class _Actor:
     def __init__(self, assignment: Assignment, dispatch: Any, worker: int) -> None:
         self._assignment, self._dispatch, self._worker = assignment, dispatch, worker
 
-    def run(self) -> tuple[str, int] | None:
+    def run(self) -> Failure | None:
         """Return why it gave up, and the exit status of that; None when there was nothing left to do."""
         import ray
 
@@ -109,7 +107,7 @@ class _Actor:
         try:
             Worker(self._assignment, next_shard, report).run()
         except MegatronInstructError as error:
-            return str(error), error.exit_status
+            return Failure(type(error), str(error))
         except OSError as error:  # a full disk, say: no actor that took its place would fare better
-            return str(error), 1
+            return Failure(MegatronInstructError, str(error))
         return None
