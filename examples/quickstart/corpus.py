@@ -31,11 +31,11 @@ class CorpusConfig:
     """Files, folders or glob patterns: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
     output_dir: Path
     """Folder of the three parts."""
-    heldout: int = 48
+    heldout: int = 40
     """Texts held out for the evaluation; at most a fifth of the corpus."""
-    synthesize: int = 200
+    synthesize: int = 120
     """Texts that get instruction-response pairs, at most; at least a quarter of those not held out stay raw."""
-    synthesize_characters: int = 150_000
+    synthesize_characters: int = 90_000
     """Characters of these texts together, at most."""
     seed: int = 1234
     """Of the choice."""

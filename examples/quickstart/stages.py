@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
 """Pipeline stages of the training run; the model's 9 heads rule out 2 tensor ranks."""
-QUESTIONS = 32
+QUESTIONS = 24
 """Multiple-choice questions at most; each takes 4 runs of the model."""
 
 
@@ -22,11 +22,11 @@ class QuickstartConfig:
     """Folder of everything that is made (default: runs/quickstart, or runs/CORPUS for your own corpus)."""
     base_model: Path | None = None
     """Hugging Face folder of the model that writes the pairs and is trained further (default: SmolLM2-135M-Instruct)."""
-    synthesize: int = 200
+    synthesize: int = 120
     """Texts that get instruction-response pairs, at most."""
-    heldout: int = 48
+    heldout: int = 40
     """Texts held out for the evaluation, at most."""
-    train_iters: int = 10
+    train_iters: int = 8
     """Optimizer steps."""
 
     @property
