@@ -42,8 +42,9 @@ def our_step(options: argparse.Namespace) -> Step:
     from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
     from megatron_instruct.models.layout import ParallelLayout
     from megatron_instruct.models.presets import make_architecture
-    from megatron_instruct.training.config import BatchOptions, ParallelOptions
     from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+    from megatron_instruct.training.settings.batch import BatchOptions
+    from megatron_instruct.training.settings.parallel import ParallelOptions
     from megatron_instruct.training.step import StepShape, train_step
 
     machine = device.initialize(threads=options.threads)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.layout import ParallelLayout
-from megatron_instruct.training.config import Fp8Options
+from megatron_instruct.training.settings.precision import Fp8Options
 
 Capability = tuple[int, int]
 _NEEDS: dict[str, tuple[Capability, str]] = {

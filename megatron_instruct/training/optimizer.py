@@ -12,7 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_instruct.platform.device import Machine
-from megatron_instruct.training.config import BatchOptions, ParallelOptions
+from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.parallel import ParallelOptions
 
 
 def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> list[DistributedDataParallel]:

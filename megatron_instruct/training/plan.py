@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.layout import ParallelLayout
-from megatron_instruct.training.config import ParallelOptions, PretrainConfig
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.settings.parallel import ParallelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest, read_manifest
 from megatron_instruct.records import ROLES_SUFFIX
 from megatron_instruct.tokenizer import Tokenizer
-from megatron_instruct.training.config import DataOptions
+from megatron_instruct.training.settings.data import DataOptions
 
 Blend = tuple[list[str], list[float] | None]
 

@@ -12,8 +12,10 @@ from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import latest_iteration, read_description
 from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
-from megatron_instruct.training.config import BatchOptions, ModelOptions, PretrainConfig
+from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.fp8 import fp8_fields
+from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.model import ModelOptions
 
 _DIMENSIONS = (
     "family",

@@ -15,8 +15,9 @@ from megatron_instruct.models.build import BuildOptions, build_model, join_model
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.models.presets import make_architecture
 from megatron_instruct.platform import device
-from megatron_instruct.training.config import BatchOptions, ParallelOptions
 from megatron_instruct.training.optimizer import make_optimizer, wrap_data_parallel
+from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.step import StepShape, train_step
 
 SEQUENCE, STEPS = 32, 3

@@ -20,7 +20,7 @@ from megatron_instruct.preprocessing.inspection import main as inspect
 from megatron_instruct.preprocessing.merge_datasets import MergeConfig, main, run
 from megatron_instruct.preprocessing.run import run as preprocess
 from megatron_instruct.tokenizer import load_tokenizer
-from megatron_instruct.training.config import DataOptions
+from megatron_instruct.training.settings.data import DataOptions
 from megatron_instruct.training.sources import find_sources
 
 SUFFIXES = (".bin", ".idx", ".roles", ".rejects.jsonl", ".manifest.json")

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.records import ROLE_CODES
-from megatron_instruct.training.config import DataOptions
+from megatron_instruct.training.settings.data import DataOptions
 
 from .conftest import ROOT, Runs, preprocess, read_metrics
 

@@ -10,8 +10,9 @@ from megatron_instruct.config import parse
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.models.presets import make_architecture
-from megatron_instruct.training.config import Fp8Options, PretrainConfig
+from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.fp8 import check_fp8, fp8_fields
+from megatron_instruct.training.settings.precision import Fp8Options
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = make_architecture({}, preset_name="8B", vocab_size=128256, seq_length=4096)

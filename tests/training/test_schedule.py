@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.training.config import BatchOptions
+from megatron_instruct.training.settings.batch import BatchOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

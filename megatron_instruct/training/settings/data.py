@@ -1,0 +1,52 @@
+"""Settings of the data."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_instruct.errors import ConfigError, did_you_mean
+from megatron_instruct.records import ROLE_CODES
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Megatron indexed data sets."""
+
+    data_path: tuple[str, ...] = ()
+    """A prefix, several prefixes, or WEIGHT PREFIX pairs; divided by split."""
+    split: str = "969,30,1"
+    """Shares of data_path for training, validation and test."""
+    train_data_path: tuple[str, ...] = ()
+    """As data_path, for training only; instead of data_path."""
+    valid_data_path: tuple[str, ...] = ()
+    """As data_path, for validation only."""
+    data_cache_path: Path | None = None
+    """Folder of megatron-core's index caches (default: SAVE/cache)."""
+    tokenizer_model: Path | None = None
+    """Tokenizer folder or file (default: the loaded checkpoint's); must be the one that made the data."""
+    adopt_data: bool = False
+    """Accept data sets without a manifest, made by another tool with this very tokenizer."""
+    eod_mask_loss: bool = False
+    """Take no loss at end-of-document tokens in the input."""
+    reset_attention_mask: bool = False
+    """Attend within documents only; needs data made with --append-eod."""
+    reset_position_ids: bool = False
+    """Count positions from each document's start. Rotary positions are relative: with reset_attention_mask they are so anyway."""
+    role_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of the loss by role of the token: ROLE WEIGHT pairs (context, instruction, response, glue, end_of_document); roles not named
+    get 0, padding always. Data sets without roles count whole. Default: every token counts 1."""
+    num_workers: int = 0
+    """Processes that read batches ahead, per rank."""
+
+    def __post_init__(self) -> None:
+        if bool(self.data_path) == bool(self.train_data_path):
+            raise ConfigError("give either data_path or train_data_path (with valid_data_path).")
+        if self.data_path and self.valid_data_path:
+            raise ConfigError("valid_data_path goes with train_data_path; data_path is divided by split.")
+        known = [role for role in ROLE_CODES if role != "padding"]
+        for role, weight in self.role_weights.items():
+            if role not in known:
+                raise ConfigError(f"role_weights: no role {role!r}{did_you_mean(role, known)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ConfigError(f"role_weights: {role}={weight} must be 0 or a positive number.")
+        if self.role_weights and not any(self.role_weights.values()):
+            raise ConfigError("role_weights: every weight is 0, so that nothing is learnt; give one role a weight above 0.")
