@@ -1,44 +1,48 @@
 """Indexed data sets -> batches of token tensors.
 
 Comes in: the checked sources of a run. Goes out: for each step and data-parallel rank, the same samples whatever the layout. Order and
-blending are megatron-core's (BlendedMegatronDatasetBuilder, GPTDataset). Does not know: the model.
+blending are megatron-core's (BlendedMegatronDatasetBuilder, GPTDataset), but for what phases and strict epochs ask for
+(training.blends). Does not know: the model.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
+from megatron_instruct.models.batches import BatchPlan
+from megatron_instruct.training.blends import Phases, blend, counts
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.plan import BatchPlan
+from megatron_instruct.training.epochs import StrictEpochDataset
+from megatron_instruct.training.index_cache import IndexCache
 from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset, weights_by_code
-from megatron_instruct.training.sources import DataSources
+from megatron_instruct.training.sources import Blend, DataSources, index_root
+
+_COLUMNS = ("tokens", "labels", "loss_mask", "position_ids")
+COMPONENT = "dataset_id"
+"""In a batch of a blend: for each sample the number of its data set."""
 
 
 def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> tuple[Any, Any]:
     """Return the training and the validation data set (None where there is none), over sample numbers 0, 1, 2, ...
 
-    Every process calls it; megatron-core builds the indices on rank 0 first. Raises InputError where a share is empty.
+    Every process calls it; one process a file system builds the indices. Raises InputError where a share is empty.
     """
-    validation = config.checkpoint.eval_iters * plan.global_batch_size if config.checkpoint.eval_interval else 0
-    sizes = [plan.train_iters * plan.global_batch_size, validation, 0]
-    with _index_cache(index_folder(config, sources, sizes)) as cache:
-        train, valid = _megatron_datasets(config, sources, sizes, cache)
+    train, valid = _datasets(config, sources, IndexCache(index_root(config)))
     if train is None:
         raise InputError(f"the training share of the data is empty (split={sources.split!r}); give more data or another split.")
-    if validation and valid is None:
+    if _validation_size(config) and valid is None:
         raise InputError(
             f"eval_interval={config.checkpoint.eval_interval} asks for validation, and there is no data for it "
             f"(split={sources.split!r}); give valid_data_path, another split, or drop eval_interval."
         )
-    return train, valid if validation else None
+    return train, valid if _validation_size(config) else None
 
 
 def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
@@ -46,33 +50,97 @@ def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
 
     Raises InputError where the indices are missing, which a run with other data or settings would have.
     """
-    batch = config.batch
-    validation = config.checkpoint.eval_iters * batch.global_batch_size if config.checkpoint.eval_interval else 0
-    sizes = [batch.train_iters * batch.global_batch_size, validation, 0]
-    folder = index_folder(config, sources, sizes)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no indices of this run; its data changed since, or its cache was removed.")
-    return _megatron_datasets(config, sources, sizes, folder)[0]
+    return _datasets(config, sources, IndexCache(index_root(config)))[0]
 
 
-def index_folder(config: PretrainConfig, sources: DataSources, sizes: list[int]) -> Path:
-    """Return where megatron-core keeps its indices.
+def component_names(config: PretrainConfig, sources: DataSources) -> list[str]:
+    """Return the data sets that validation samples are numbered by; none where they come from one."""
+    prefixes, _ = sources.valid or sources.train
+    return prefixes if len(prefixes) > 1 and _validation_size(config) else []
+
+
+def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:
+    size, validation = config.batch.global_batch_size, _validation_size(config)
+    samples = config.batch.train_iters * size
+    if not sources.phases and not config.data.strict_epochs:
+        sizes = [samples, validation, 0]
+        name = _name(config, sources.train, sources.valid, sources.split, sources.fingerprint, sizes)
+        train, valid = cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))
+        return train, valid
+    kind = StrictEpochDataset if config.data.strict_epochs else RoleWeightedDataset
+    used: dict[str, int] = {}
+    parts: list[tuple[int, Any]] = []
+    plan = [(source.blend, source.phase.start, source.phase.end, source.fingerprint) for source in sources.phases]
+    for of_phase, start, end, fingerprint in plan or [(sources.train, 0, config.batch.train_iters, sources.fingerprint)]:
+        length = (end - start) * size
+        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, kind=kind)
+        parts.append((start * size, part))
+        drawn = counts(part, of_phase[0], length)
+        used = {**used, **{prefix: used.get(prefix, 0) + count for prefix, count in drawn.items()}}
+    of_validation = sources.valid or (None if sources.phases else sources.train)
+    if not validation or of_validation is None:
+        return Phases(parts), None
+    valid = _own_blend(config, sources, cache, of_validation, sources.fingerprint, size=validation, used={}, kind=None)
+    return Phases(parts), valid
+
+
+def _own_blend(
+    config: PretrainConfig,
+    sources: DataSources,
+    cache: IndexCache,
+    of: Blend,
+    fingerprint: str,
+    *,
+    size: int,
+    used: dict[str, int],
+    kind: type[RoleWeightedDataset] | None,
+) -> Any:
+    """Return `size` samples of a blend. used: samples of each data set that earlier phases took. kind: None for validation."""
+    split = sources.split if config.data.data_path else None
+    starts = [used.get(prefix, 0) for prefix in of[0]]
+    name = _name(config, of, split, fingerprint, starts, size, None if kind is None else kind.__name__)
+    return cache.load(
+        name,
+        lambda folder: blend(
+            _settings(config, sources, folder),
+            of,
+            [sources.indices[prefix] for prefix in of[0]],
+            starts=starts,
+            size=size,
+            kind=kind or RoleWeightedDataset,
+            validates=kind is None,
+            split=split,
+        ),
+    )
+
+
+def _name(config: PretrainConfig, *what: Any) -> str:
+    """Return the folder of indices that depend on `what`.
 
     The name stands for everything that they depend on, the content of the data included, which megatron-core's own keys leave out: a
     data set rebuilt at the same prefix does not meet stale indices.
     """
-    of_indices = [sources.fingerprint, sources.split, sizes, config.batch.seed, config.batch.seq_length]
-    name = hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
-    return (config.data.data_cache_path or config.checkpoint.save / "cache") / name
+    of_indices = [megatron.core.__version__, config.batch.seed, config.batch.seq_length, *what]
+    return hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
 
 
-def _megatron_datasets(config: PretrainConfig, sources: DataSources, sizes: list[int], cache: Path) -> tuple[Any, Any]:
+def _validation_size(config: PretrainConfig) -> int:
+    return config.checkpoint.eval_iters * config.batch.global_batch_size if config.checkpoint.eval_interval else 0
+
+
+def _as_megatron(config: PretrainConfig, sources: DataSources, folder: Path, sizes: list[int]) -> tuple[Any, Any]:
+    settings = _settings(config, sources, folder)
+    train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
+    return train, valid
+
+
+def _settings(config: PretrainConfig, sources: DataSources, folder: Path) -> RoleWeightedConfig:
     by_split = (
         {"blend": sources.train, "split": sources.split}
         if config.data.data_path
         else {"blend_per_split": [sources.train, sources.valid, None]}
     )
-    settings = RoleWeightedConfig(
+    return RoleWeightedConfig(
         random_seed=config.batch.seed,
         sequence_length=config.batch.seq_length,
         tokenizer=sources.vocabulary,
@@ -82,35 +150,18 @@ def _megatron_datasets(config: PretrainConfig, sources: DataSources, sizes: list
         create_attention_mask=False,  # made from the tokens, on the device: training.documents
         role_weights=weights_by_code(config.data.role_weights),
         with_roles=sources.roles if config.data.role_weights else frozenset(),
-        path_to_cache=str(cache),
+        path_to_cache=str(folder),
         **by_split,
     )
-    train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
-    return train, valid
-
-
-@contextlib.contextmanager
-def _index_cache(folder: Path) -> Iterator[Path]:
-    """Yield where to read or build the indices. While they are built the folder has a temporary name: a killed build counts for nothing."""
-    first = torch.distributed.get_rank() == 0
-    exists = [first and folder.is_dir()]
-    torch.distributed.broadcast_object_list(exists, src=0)
-    if exists[0]:
-        yield folder
-        return
-    with atomic_folder(folder) if first else contextlib.nullcontext():
-        torch.distributed.barrier()
-        yield folder.with_name(folder.name + TEMPORARY_SUFFIX)
-        torch.distributed.barrier()
 
 
 def batches(dataset: Any, samples: Iterator[list[int]], *, num_workers: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield one microbatch after another: tokens, labels, loss_mask, position_ids, each [B, S], on the device."""
+    """Yield one microbatch after another: tokens, labels, loss_mask, position_ids, each [B, S], on the device; of a blend, COMPONENT [B]."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=_Samples(samples), num_workers=num_workers, pin_memory=device.type == "cuda"
     )
     for batch in loader:
-        yield {name: batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+        yield {name: batch[name].to(device, non_blocking=True) for name in (*_COLUMNS, COMPONENT) if name in batch}
 
 
 class _Samples(torch.utils.data.Sampler[list[int]]):

@@ -2,11 +2,12 @@
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.checkpoint_folder import latest_iteration
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.plan import BatchPlan, plan_batches, plan_layout
+from megatron_instruct.training.plan import plan_batches, plan_layout
 from megatron_instruct.training.start import architecture_from, find_start
 
 _GIB = 1 << 30

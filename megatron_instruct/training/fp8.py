@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.fp8_sizes import check_fp8_sizes
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.training.settings.precision import Fp8Options
 
@@ -18,7 +19,6 @@ _NEEDS: dict[str, tuple[Capability, str]] = {
     "mxfp8": ((10, 0), "Blackwell"),
 }
 """The least compute capability, and the kind of GPU that has it first."""
-_MULTIPLE, _MXFP8_MULTIPLE = 16, 32
 
 
 def fp8_fields(options: Fp8Options) -> dict[str, Any]:
@@ -57,14 +57,4 @@ def check_fp8(
             f"fp8_format={options.fp8_format} with fp8_recipe={options.fp8_recipe} needs a GPU of compute capability "
             f"{least[0]}.{least[1]} ({kind}) or newer, and {found}; drop fp8_format, or take another recipe."
         )
-    multiple = _MXFP8_MULTIPLE if options.fp8_recipe == "mxfp8" else _MULTIPLE
-    sizes = {
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size / tensor_model_parallel_size": architecture.ffn_hidden_size // layout.tensor,
-        "micro_batch_size * seq_length of one rank": tokens,
-    }
-    for name, size in sizes.items():
-        if size % multiple:
-            raise ConfigError(
-                f"{name} = {size} is not a multiple of {multiple}, as FP8 products with fp8_recipe={options.fp8_recipe} need; change it."
-            )
+    check_fp8_sizes(options.fp8_recipe, architecture, layout, tokens=tokens)

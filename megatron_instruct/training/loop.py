@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
@@ -19,7 +20,7 @@ from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.fp8 import check_fp8, fp8_fields
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
-from megatron_instruct.training.plan import BatchPlan
+from megatron_instruct.training.phases import own_rate, set_rate
 from megatron_instruct.training.sources import DataSources
 from megatron_instruct.training.start import Start
 from megatron_instruct.training.step import StepShape, train_step, validate
@@ -105,8 +106,10 @@ def loop(run: Run, metrics: Metrics) -> None:
         metrics.validation(0, _validation_loss(run))
     metrics.restart_clock(run.start_iteration)
     losses: list[float] = []
+    phases = run.config.phases
     for iteration in range(run.start_iteration + 1, plan.train_iters + 1):
         last = iteration == plan.train_iters
+        set_rate(run.optimizer.param_groups, own_rate(phases, iteration), highest=run.config.batch.lr)
         lr = run.optimizer.param_groups[0]["lr"]
         result = train_step(run.chunks, run.optimizer, data, shape)
         run.scheduler.step(increment=plan.global_batch_size)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.training.plan import BatchPlan
+from megatron_instruct.models.batches import BatchPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """megatron-core's imports warn about packages that a CPU has no use for."""
