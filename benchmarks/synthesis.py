@@ -211,8 +211,8 @@ def main() -> None:
     if options.reference is not None:
         sys.path.insert(0, str(options.reference))
 
+    from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
     from megatron_instruct.synthesis.engines.vllm import VllmEngine
-    from megatron_instruct.synthesis.prompt_format import load_prompt_format
     from megatron_instruct.synthesis.worker import engine_settings
 
     config = our_config(options, options.corpus, 1, Path("unused"))

@@ -5,12 +5,12 @@ Comes in: pairs, their text. Does not know: engines, prompts, other texts.
 
 from collections.abc import Sequence
 
+from megatron_instruct.prompt_formats.parsing import Dropped
 from megatron_instruct.records import InstructionPair
 from megatron_instruct.synthesis.contamination import Contamination, evaluation_files
 from megatron_instruct.synthesis.content_words import words_of
 from megatron_instruct.synthesis.filter_rules import FILTERS, Drop, Place
 from megatron_instruct.synthesis.filter_settings import FilterSettings
-from megatron_instruct.synthesis.parsing import Dropped
 
 
 class Filters:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.prompt_formats.escaping import Escaping
+from megatron_instruct.prompt_formats.parsing import write_pairs, written_question
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat, fill
 from megatron_instruct.records import InstructionPair, OneShotExample
 from megatron_instruct.synthesis.chat_template import ChatTemplate
-from megatron_instruct.synthesis.escaping import Escaping
-from megatron_instruct.synthesis.parsing import write_pairs, written_question
-from megatron_instruct.synthesis.prompt_format import PromptFormat, fill
 from megatron_instruct.tokenizer import Tokenizer
 
 

@@ -21,6 +21,7 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json, sha256_of, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.shares import at_work, parse_share
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
@@ -29,7 +30,6 @@ from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
 from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
-from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.report import ReportOptions, read_answers, write_report
 from megatron_instruct.synthesis.schedule import Usage

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.prompt_formats.parsing import read_answer
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat
 from megatron_instruct.records import InstructionPair
 from megatron_instruct.synthesis.content_words import plain_words
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filter_settings import FilterSettings
-from megatron_instruct.synthesis.parsing import read_answer
-from megatron_instruct.synthesis.prompt_format import PromptFormat
 from megatron_instruct.synthesis.prompts import Prompts
 
 _LONGEST_VERDICT = 8

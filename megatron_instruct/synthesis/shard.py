@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_instruct.files import atomic_folder, read_json, write_json
+from megatron_instruct.prompt_formats.parsing import Dropped, parse_pairs
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat
 from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample, RawText
 from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples
 from megatron_instruct.synthesis.engines.engine import Completion, Request
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filters import Filters, dropped_pair
 from megatron_instruct.synthesis.journal import Journal
-from megatron_instruct.synthesis.parsing import Dropped, parse_pairs
-from megatron_instruct.synthesis.prompt_format import PromptFormat
 from megatron_instruct.synthesis.prompts import Prompts, fit, restored
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
 from megatron_instruct.synthesis.schedule import Steps

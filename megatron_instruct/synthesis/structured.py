@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from megatron_instruct.synthesis.parsing import PairLayout
-from megatron_instruct.synthesis.prompt_format import PromptFormat, Structure
+from megatron_instruct.prompt_formats.parsing import PairLayout
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat, Structure
 from megatron_instruct.synthesis.sentences import statements
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_instruct.prompt_formats.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.engines.engine import Engine, EngineSettings, load_engine
 from megatron_instruct.synthesis.filters import Filters
 from megatron_instruct.synthesis.intake import Texts
-from megatron_instruct.synthesis.prompt_format import PromptFormat, load_prompt_format
 from megatron_instruct.synthesis.prompts import load_prompts
 from megatron_instruct.synthesis.schedule import ColumnWork, Limits, Schedule, Usage
 from megatron_instruct.synthesis.second_pass import load_checks

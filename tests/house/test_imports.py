@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_instruct"
 STAGE_LAYER = 3
 LAYERS = {
     **dict.fromkeys(("errors", "config", "records", "manifest", "files", "progress", "shares", "cluster"), 0),
-    **dict.fromkeys(("corpora", "templates", "tokenizer", "platform"), 1),
+    **dict.fromkeys(("corpora", "prompt_formats", "templates", "tokenizer", "platform"), 1),
     **dict.fromkeys(("models",), 2),
-    **dict.fromkeys(("synthesis", "preprocessing", "training", "conversion", "evaluation"), STAGE_LAYER),
+    **dict.fromkeys(("tuning", "synthesis", "preprocessing", "training", "conversion", "evaluation"), STAGE_LAYER),
 }
 """The layer of everything right below the package, as docs/architecture.md draws it."""
 

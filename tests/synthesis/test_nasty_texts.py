@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.prompt_formats.parsing import parse_pairs, write_pairs
+from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair, OneShotExample
-from megatron_instruct.synthesis.parsing import parse_pairs, write_pairs
-from megatron_instruct.synthesis.prompt_format import load_prompt_format
 from megatron_instruct.synthesis.prompts import ChatPrompts, MarkerPrompts, restored
 from megatron_instruct.tokenizer import load_tokenizer
 

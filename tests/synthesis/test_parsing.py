@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_instruct.prompt_formats.escaping import Escaping
+from megatron_instruct.prompt_formats.parsing import PairLayout, parse_pairs, write_pairs
+from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair
-from megatron_instruct.synthesis.escaping import Escaping
-from megatron_instruct.synthesis.parsing import PairLayout, parse_pairs, write_pairs
-from megatron_instruct.synthesis.prompt_format import load_prompt_format
 
 MARKERS = load_prompt_format("instruction-synthesizer").pair
 CHAT = load_prompt_format("chat").pair

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.prompt_formats.prompt_format import FORMATS, load_prompt_format
 from megatron_instruct.records import InstructionPair, OneShotExample, PairKind
-from megatron_instruct.synthesis.prompt_format import FORMATS, load_prompt_format
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.sentences import split_sentences, split_to_fit, statements
 from megatron_instruct.synthesis.structured import NoStatementError, divide, grammar_of

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_instruct.prompt_formats.escaping import Escaping
+from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair
-from megatron_instruct.synthesis.escaping import Escaping
 from megatron_instruct.synthesis.filter_settings import FilterSettings
-from megatron_instruct.synthesis.prompt_format import load_prompt_format
 from megatron_instruct.synthesis.run import main
 from megatron_instruct.synthesis.second_pass import Judge, SecondAnswer, word_f1
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError, InputError, did_you_mean
+from megatron_instruct.prompt_formats.format_file import plain_value, read_fields
+from megatron_instruct.prompt_formats.parsing import PairLayout, kind_of, parse_pairs, write_pairs
 from megatron_instruct.records import InstructionPair, OneShotExample
-from megatron_instruct.synthesis.format_file import plain_value, read_fields
-from megatron_instruct.synthesis.parsing import PairLayout, kind_of, parse_pairs, write_pairs
 from megatron_instruct.templates.yaml_nodes import Node, read_yaml
 
 StructuredOutput = Literal["none", "form", "extractive"]

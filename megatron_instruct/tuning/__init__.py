@@ -1,0 +1,1 @@
+"""Tuning the instruction synthesizer: context-based task data -> documents to train on, and its evaluation by files."""
