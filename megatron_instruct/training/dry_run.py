@@ -1,16 +1,20 @@
-"""What a run would be, from its settings alone: model, layout of ranks, batches, memory of the weights. Does not know: torch, data."""
+"""What a run would be, from its settings alone: model, layout of ranks, batches, memory, time. Does not know: torch, data."""
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.checkpoint_folder import latest_iteration
 from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.planning.constants import load_constants
+from megatron_instruct.planning.estimate import Estimate
+from megatron_instruct.planning.execution import Execution
+from megatron_instruct.planning.gpus import Precision, check_precision, find_gpu
+from megatron_instruct.planning.report import GIB, parts, sentence
+from megatron_instruct.planning.shape import shape_of
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.plan import plan_batches, plan_layout
 from megatron_instruct.training.start import architecture_from, find_start
-
-_GIB = 1 << 30
 
 
 def describe(config: PretrainConfig) -> str:
@@ -22,7 +26,7 @@ def describe(config: PretrainConfig) -> str:
         *_model_lines(architecture, origin, seq_length=config.batch.seq_length),
         *_batch_lines(config, plan),
         *_layout_lines(architecture, layout),
-        *_memory_lines(config, architecture, layout),
+        *_estimate_lines(config, architecture, layout),
         "A dry run: no data, checkpoint or device was touched.",
     ]
     return "\n".join(lines)
@@ -82,13 +86,23 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
     return lines
 
 
-def _memory_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
-    """Bytes a parameter: bf16 2 and its fp32 copy 4, or fp32 4; gradient 4 (fp32); the two moments of AdamW 8."""
-    mixed, sharded = config.parallel.bf16, config.parallel.use_distributed_optimizer
-    copies = layout.data * layout.context if sharded else 1
-    largest = max(layout.parameters_of_stage(architecture, stage) for stage in range(layout.pipeline)) / layout.tensor
-    weights, gradients, optimizer = (largest * size for size in ((2 if mixed else 4), 4, (12 if mixed else 8) / copies))
-    return [
-        f"Memory of the fullest rank, without activations: {(weights + gradients + optimizer) / _GIB:,.1f} GiB = weights "
-        f"{weights / _GIB:,.1f} + gradients {gradients / _GIB:,.1f} + optimizer {optimizer / _GIB:,.1f}"
-    ]
+def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
+    """The estimate of tools/plan.py for these very settings."""
+    gpu = find_gpu(config.dry.gpu)
+    precision: Precision = "fp8" if config.fp8.fp8_format else "bf16" if config.parallel.bf16 else "fp32"
+    check_precision(gpu, precision)
+    execution = Execution(
+        layout=layout,
+        seq_length=config.batch.seq_length,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        precision=precision,
+        recompute=config.parallel.recompute_granularity,
+        distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap=config.parallel.overlap_grad_reduce,
+        vocab_divisor=config.model.make_vocab_size_divisible_by,
+    )
+    estimate = Estimate(shape_of(architecture), execution, gpu, load_constants())
+    tokens = config.batch.train_iters * estimate.tokens_per_step
+    missing = [] if estimate.fits else [f"It does not fit: {estimate.missing_bytes / GIB:,.1f} GiB are missing on the fullest GPU."]
+    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *missing]

@@ -16,7 +16,7 @@ STAGE_LAYER = 3
 LAYERS = {
     **dict.fromkeys(("errors", "config", "records", "manifest", "files", "progress", "shares", "cluster"), 0),
     **dict.fromkeys(("corpora", "prompt_formats", "templates", "tokenizer", "platform"), 1),
-    **dict.fromkeys(("models",), 2),
+    **dict.fromkeys(("models", "planning"), 2),
     **dict.fromkeys(("tuning", "synthesis", "preprocessing", "training", "conversion", "evaluation"), STAGE_LAYER),
 }
 """The layer of everything right below the package, as docs/architecture.md draws it."""

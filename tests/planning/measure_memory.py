@@ -1,0 +1,79 @@
+"""Build real models with their gradients and optimizer, take one step, and print the bytes that the fullest rank holds of each, as JSON.
+
+PRESET:PRECISION ... [--layout tensor|pipeline|data], in the processes that torchrun started.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed
+
+from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.models.presets import make_architecture
+from megatron_instruct.platform import device
+from megatron_instruct.training.optimizer import make_optimizer, torch_optimizers, wrap_data_parallel
+from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.parallel import ParallelOptions
+
+VOCABULARY, SEQUENCE = 500, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--layout", default="data", choices=["tensor", "pipeline", "data"])
+    options = parser.parse_args()
+    machine = device.initialize(threads=1)
+    ranks = torch.distributed.get_world_size()
+    sizes: dict[str, Any] = {options.layout: ranks} if options.layout != "data" else {}
+    layout = ParallelLayout(world_size=ranks, sequence_parallel=ranks > 1 and options.layout == "tensor", **sizes)
+    join_model_parallel_groups(layout, seed=1234)
+    found = {}
+    for name in options.models:
+        preset, precision = name.split(":")
+        architecture = make_architecture({}, preset_name=preset, vocab_size=VOCABULARY, seq_length=SEQUENCE)
+        parallel = ParallelOptions(bf16=precision == "bf16", use_distributed_optimizer=layout.data > 1)
+        models = build_model(architecture, layout, machine, BuildOptions(dtype=precision))
+        chunks = wrap_data_parallel(models, parallel)
+        batch = BatchOptions(seq_length=SEQUENCE, global_batch_size=2, train_iters=2, lr=1e-3)
+        optimizer = make_optimizer(chunks, parallel, batch, machine)
+        for chunk in chunks:
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                buffer.grad_data.fill_(1e-3)
+        optimizer.step()
+        found[name] = {
+            "weights": sum(size(parameter) for model in models for parameter in model.parameters()),
+            "gradients": sum(size(buffer.grad_data) for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]),
+            "optimizer": optimizer_bytes(optimizer, mixed=parallel.bf16),
+        }
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, found)
+    fullest = {name: max((rank[name] for rank in gathered), key=lambda parts: sum(parts.values())) for name in found}
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(fullest))
+
+
+def size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def optimizer_bytes(optimizer: Any, *, mixed: bool) -> int:
+    """Moments, and with bf16 the fp32 weights that the optimizer steps."""
+    total = 0
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                total += size(parameter) if mixed else 0
+                total += sum(size(value) for key, value in inner.state[parameter].items() if key != "step")
+    return total
+
+
+if __name__ == "__main__":
+    main()
