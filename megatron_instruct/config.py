@@ -22,6 +22,9 @@ import yaml
 
 from megatron_instruct.errors import ConfigError, InputError, MegatronInstructError, did_you_mean
 
+YamlText = typing.NewType("YamlText", str)
+"""A value with a structure of its own, which the stage reads: a mapping in the file of settings, YAML in one word on the command line."""
+
 _OWN_FLAGS = ("config", "print_config")
 _SEQUENCES = {tuple, list}
 _MAPPINGS = {dict, Mapping}
@@ -186,6 +189,10 @@ def _as_flags(name: str, value: Any, hint: Any, *, where: str) -> list[str]:
         raise ConfigError(f"{where}: null is no value of this setting; give one, or leave the line out for the default.")
     if isinstance(value, dict):
         return [flag, *_words([word for pair in value.items() for word in pair], fits=not choices.isdisjoint(_MAPPINGS), where=where)]
+    if isinstance(value, list) and YamlText in typing.get_args(hint):
+        value = [
+            yaml.safe_dump(item, default_flow_style=True, width=math.inf).strip() if isinstance(item, dict) else item for item in value
+        ]
     if isinstance(value, list):
         return [flag, *_words(value, fits=not choices.isdisjoint(_SEQUENCES), where=where)]
     return [f"{flag}={_word(value)}"]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.training.phases import PlacedPhase, parse_phases, place_phases
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.checkpoint import CheckpointOptions
 from megatron_instruct.training.settings.data import DataOptions
@@ -27,3 +28,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.fp8.fp8_format is not None and not self.parallel.bf16:
             raise ConfigError(f"fp8_format={self.fp8.fp8_format} needs bf16=True, for all that is not computed in 8 bits; set it.")
+        assert self.phases or not self.data.phases, "phases are checked before anything else starts"
+
+    @property
+    def phases(self) -> tuple[PlacedPhase, ...]:
+        """The phases of the run, in steps; none where its data are the same from beginning to end."""
+        batch = self.batch
+        falls = batch.lr_wsd_decay_iters
+        decay_start = None if falls is None else (batch.lr_decay_iters or batch.train_iters) - falls
+        return place_phases(parse_phases(self.data.phases), train_iters=batch.train_iters, decay_start=decay_start)

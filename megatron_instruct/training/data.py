@@ -156,9 +156,13 @@ def _settings(config: PretrainConfig, sources: DataSources, folder: Path) -> Rol
 
 
 def batches(dataset: Any, samples: Iterator[list[int]], *, num_workers: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield one microbatch after another: tokens, labels, loss_mask, position_ids, each [B, S], on the device; of a blend, COMPONENT [B]."""
+    """Yield one microbatch after another, on the device: tokens, labels, loss_mask, position_ids [B, S], and COMPONENT [B] of a blend."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=_Samples(samples), num_workers=num_workers, pin_memory=device.type == "cuda"
+        dataset,
+        batch_sampler=_Samples(samples),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # otherwise a seed for its workers is drawn from the stream of the dropout
     )
     for batch in loader:
         yield {name: batch[name].to(device, non_blocking=True) for name in (*_COLUMNS, COMPONENT) if name in batch}

@@ -5,6 +5,8 @@ Comes in: prefixes and weights, and the manifests that preprocessing wrote. Goes
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,15 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest, read_manifest
 from megatron_instruct.records import ROLES_SUFFIX
 from megatron_instruct.tokenizer import Tokenizer
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.content import NAME, ContentCheck
+from megatron_instruct.training.index_file import IndexFile, check_share, read_index, shares_of
+from megatron_instruct.training.phases import PlacedPhase
 from megatron_instruct.training.settings.data import DataOptions
 
 Blend = tuple[list[str], list[float] | None]
+_MISSPELT_WEIGHT = re.compile(r"[^\w/]*[xXoO]?\d[\d.,_eE+-]*[%a-zA-Z]?|[oO][.,]\d+")
+"""What looks more like 0,3 or x0.3 than like a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +43,72 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseSource:
+    """What one phase of a run is fed with."""
+
+    phase: PlacedPhase
+    blend: Blend
+    fingerprint: str
+    """SHA-256 over the content of every data set and the weights of the blend."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        return {**self.phase.to_json(), "data": self.fingerprint}
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSources:
     """The data of a run, checked before any process group exists."""
 
     train: Blend
+    """Of the first phase, where there are phases."""
     valid: Blend | None
     """None when train is divided by `split`."""
+    phases: tuple[PhaseSource, ...]
     split: str
     vocabulary: Vocabulary
     fingerprint: str
-    """SHA-256 over the content of every data set and the weights of the blend."""
+    """SHA-256 over the content of every data set and the weights of the blend; with phases, of validation alone."""
     roles: frozenset[str]
     """Prefixes that have the role of each token beside them."""
+    indices: Mapping[str, IndexFile]
+    """By prefix."""
 
     @property
     def without_roles(self) -> list[str]:
-        blends = [blend for blend in (self.train, self.valid) if blend is not None]
-        return [prefix for prefixes, _ in blends for prefix in prefixes if prefix not in self.roles]
+        blends = [self.train, *([self.valid] if self.valid is not None else []), *(phase.blend for phase in self.phases)]
+        return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes if prefix not in self.roles))
 
 
-def find_sources(options: DataOptions, tokenizer: Tokenizer) -> DataSources:
-    """Read blends and manifests. Raises ConfigError for a broken blend, InputError for data missing or of another tokenizer."""
-    train = parse_blend(options.data_path or options.train_data_path, field="data_path" if options.data_path else "train_data_path")
+def sources_of(config: PretrainConfig, tokenizer: Tokenizer, *, remembers: bool = True) -> DataSources:
+    """Return the checked data of a run. Raises what find_sources raises, and where a share of the data is empty or too small.
+
+    remembers: write down beside the index caches which files were read, so that the next start need not.
+    """
+    check = ContentCheck(index_root(config) / NAME, reads=os.environ.get("LOCAL_RANK", "0") == "0")
+    sources = find_sources(config.data, tokenizer, phases=config.phases, check=check)
+    validates = config.checkpoint.eval_interval is not None
+    _check_sizes(config, sources, validates=validates)
+    if check.reads and remembers:
+        check.remember()
+    return sources
+
+
+def index_root(config: PretrainConfig) -> Path:
+    """Return the folder of the index caches."""
+    return config.data.data_cache_path or config.checkpoint.save / "cache"
+
+
+def find_sources(
+    options: DataOptions, tokenizer: Tokenizer, *, phases: Sequence[PlacedPhase] = (), check: ContentCheck | None = None
+) -> DataSources:
+    """Read blends and manifests. Raises ConfigError for a broken blend, InputError for data missing, changed or of another tokenizer."""
+    check = check or ContentCheck(Path(NAME), reads=False)
+    fields = {phase.number: parse_blend(phase.data_path, field=f"phases: data_path of phase {phase.number}") for phase in phases}
+    train = fields[1] if phases else _training_blend(options)
     valid = parse_blend(options.valid_data_path, field="valid_data_path") if options.valid_data_path else None
-    check_split(options.split)
-    blends = [blend for blend in (train, valid) if blend is not None]
+    shares_of(options.split)
+    blends = [train, *([valid] if valid is not None else []), *fields.values()]
     manifests = {prefix: _data_manifest(Path(prefix), adopt=options.adopt_data) for blend in blends for prefix in blend[0]}
     for prefix, manifest in manifests.items():
         if manifest is not None:
@@ -68,16 +117,39 @@ def find_sources(options: DataOptions, tokenizer: Tokenizer) -> DataSources:
         _check_ends(manifests)
     roles = frozenset(prefix for prefix, manifest in manifests.items() if manifest is not None and _has_roles(manifest))
     if options.role_weights:
-        _check_roles(options, train, roles)
-    prints = [[weights, *(_fingerprint(prefix, manifests[prefix]) for prefix in prefixes)] for prefixes, weights in blends]
-    vocabulary = Vocabulary(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
-    fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
-    return DataSources(train=train, valid=valid, split=options.split, vocabulary=vocabulary, fingerprint=fingerprint, roles=roles)
+        for blend in fields.values() or (train,):
+            _check_roles(options, blend, roles)
+    indices = {prefix: read_index(prefix) for prefix in manifests}
+    prints: dict[str, Any] = {
+        prefix: check.fingerprint(prefix, manifest) if manifest else check.foreign_fingerprint(indices[prefix], tokenizer.vocab_size)
+        for prefix, manifest in manifests.items()
+    }
+    whole = [blend for blend in (None if phases else train, valid) if blend is not None]
+    return DataSources(
+        train=train,
+        valid=valid,
+        phases=tuple(
+            PhaseSource(phase=phase, blend=fields[phase.number], fingerprint=_fingerprint([fields[phase.number]], prints))
+            for phase in phases
+        ),
+        split=options.split,
+        vocabulary=Vocabulary(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod),
+        fingerprint=_fingerprint(whole, prints),
+        roles=roles,
+        indices=indices,
+    )
+
+
+def _training_blend(options: DataOptions) -> Blend:
+    return parse_blend(options.data_path or options.train_data_path, field="data_path" if options.data_path else "train_data_path")
 
 
 def parse_blend(words: Sequence[str], *, field: str) -> Blend:
     """Read "PREFIX", "PREFIX PREFIX ..." or "WEIGHT PREFIX WEIGHT PREFIX ..."."""
     if not any(_is_number(word) for word in words):
+        for word in words:
+            if _MISSPELT_WEIGHT.fullmatch(word) and not Path(f"{word}.idx").exists():
+                raise ConfigError(f"{field}: {word!r} is neither a number nor a data set; weights are numbers such as 0.3.")
         return list(words), None
     if len(words) % 2:
         raise ConfigError(f"{field} has {len(words)} words; give WEIGHT PREFIX pairs, or prefixes alone.")
@@ -90,17 +162,34 @@ def parse_blend(words: Sequence[str], *, field: str) -> Blend:
     return prefixes, [float(weight) for weight in weights]
 
 
-def check_split(split: str) -> None:
-    """Raise ConfigError unless `split` is three shares, such as 969,30,1."""
-    parts = split.split(",")
-    if len(parts) != 3 or not all(_is_number(part) and float(part) >= 0 for part in parts) or sum(map(float, parts)) <= 0:
-        raise ConfigError(f"split={split!r} must be three shares for training, validation and test, such as 969,30,1.")
+def _check_sizes(config: PretrainConfig, sources: DataSources, *, validates: bool) -> None:
+    """Raise where a data set has nothing to give, or where data that are taken once end before the run."""
+    length, size = config.batch.seq_length, config.batch.global_batch_size
+    split = sources.split if config.data.data_path else None
+    wanted: list[tuple[Blend, int, int | None, str]] = [(source.blend, 0, None, "") for source in sources.phases]
+    wanted = wanted or [(sources.train, 0, config.batch.train_iters * size, "train_iters")]
+    if validates and (split is not None or sources.valid is not None):
+        wanted.append((sources.valid or sources.train, 1, config.checkpoint.eval_iters * size, "eval_iters"))
+    elif validates:
+        raise InputError(
+            f"eval_interval={config.checkpoint.eval_interval} asks for validation, and there is no data for it; give valid_data_path, "
+            "or drop eval_interval."
+        )
+    for (prefixes, weights), part, samples, setting in wanted:
+        tokens = [check_share(sources.indices[prefix], split, part=part) for prefix in prefixes]
+        there = sum((count - 1) // length for count in tokens)
+        once = weights is None and len(prefixes) > 1 and not config.data.strict_epochs
+        if once and samples is not None and there < samples:
+            raise ConfigError(
+                f"{setting}={samples // size}: so many global batches are {samples:,} sequences of {length} tokens, and "
+                f"{', '.join(prefixes)} have {there:,}: prefixes without weights are taken once. "
+                f"Give weights, which repeat data, or lower {setting} to {there // size}."
+            )
 
 
-def _fingerprint(prefix: str, manifest: Manifest | None) -> list[str] | str:
-    if manifest is None:
-        return _foreign_fingerprint(Path(prefix))
-    return [output.sha256 for output in manifest.outputs if output.path.endswith((".bin", ".idx", ROLES_SUFFIX))]
+def _fingerprint(blends: Sequence[Blend], prints: Mapping[str, Any]) -> str:
+    content = [[weights, *(prints[prefix] for prefix in prefixes)] for prefixes, weights in blends]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _has_roles(manifest: Manifest) -> bool:
@@ -154,9 +243,3 @@ def _check_tokenizer(prefix: str, manifest: Manifest, tokenizer: Tokenizer) -> N
             f"data set {prefix} was made with the tokenizer {str(made_with)[:12]}, and the model's is {tokenizer.fingerprint[:12]}; "
             "preprocess the data with the model's tokenizer, or give the right tokenizer_model."
         )
-
-
-def _foreign_fingerprint(prefix: Path) -> str:
-    with open(f"{prefix}.idx", "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return f"{digest}-{Path(f'{prefix}.bin').stat().st_size}"

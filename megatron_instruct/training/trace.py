@@ -13,6 +13,7 @@ from megatron_instruct.config import parse, run_tool
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.phases import phase_of
 from megatron_instruct.training.run import SETTINGS
 
 
@@ -54,15 +55,17 @@ def run(config: TraceConfig) -> None:
 
     noise.silence()
     from megatron_instruct.training.data import training_samples
-    from megatron_instruct.training.sources import find_sources
+    from megatron_instruct.training.sources import sources_of
 
     folder = settings.data.tokenizer_model or config.save / "tokenizer"
     tokenizer = load_tokenizer(folder)
-    samples = training_samples(settings, find_sources(settings.data, tokenizer))
+    samples = training_samples(settings, sources_of(settings, tokenizer, remembers=False))
     size = settings.batch.global_batch_size
     for iteration in config.iterations:
+        phase = phase_of(settings.phases, iteration)
+        of_phase = "" if phase is None else f" (phase {phase.number}, steps {phase.start + 1} to {phase.end})"
         for number in range((iteration - 1) * size, iteration * size):
-            print(f"step {iteration}, sample {number - (iteration - 1) * size}:")
+            print(f"step {iteration}{of_phase}, sample {number - (iteration - 1) * size}:")
             for piece in pieces(samples, number):
                 last = piece.start + len(piece.ids) - 1
                 print(f"  {piece.prefix} document {piece.document:,} tokens {piece.start:,} to {last:,}")
@@ -72,9 +75,9 @@ def run(config: TraceConfig) -> None:
 
 def pieces(samples: Any, number: int) -> Iterator[Piece]:
     """Yield what sample `number` of a run is cut from, in order; the last token is there for its label alone."""
-    dataset, place = samples, number
-    if hasattr(samples, "datasets"):  # a blend
-        dataset, place = samples.datasets[int(samples.dataset_index[number])], int(samples.dataset_sample_index[number])
+    from megatron_instruct.training.blends import locate
+
+    dataset, place = locate(samples, number)
     for document, start, tokens in dataset.pieces(place):
         ids = dataset.dataset.get(document, offset=start, length=tokens).tolist()
         yield Piece(prefix=str(dataset.dataset_path), document=document, start=start, ids=tuple(ids))

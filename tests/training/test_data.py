@@ -1,9 +1,21 @@
-"""Blends, splits and the order of samples."""
+"""Blends, splits, the order of samples, and data that are not what they were."""
 
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
-from megatron_instruct.errors import ConfigError
+from megatron_instruct.config import parse
+from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.batches import BatchPlan
+from megatron_instruct.training.config import PretrainConfig
+
+from .conftest import ROOT, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """megatron-core's imports warn about packages that a CPU has no use for."""
@@ -46,6 +58,8 @@ def test_blends_are_read_as_megatron_writes_them() -> None:
         (["0.3", "a", "nan", "b"], "the weight 'nan' of b"),
         (["0.3", "a", "inf", "b"], "the weight 'inf' of b"),
         (["0.3", "0.4", "0.5", "b"], "'0.4' stands where a prefix must"),
+        (["x0.3", "a", "x0.7", "b"], "'x0.3' is neither a number nor a data set"),
+        (["0,3", "a", "0,7", "b"], "'0,3' is neither a number nor a data set"),
     ],
 )
 def test_a_broken_blend_is_an_error_that_names_the_word(words: list[str], message: str) -> None:
@@ -57,7 +71,213 @@ def test_a_broken_blend_is_an_error_that_names_the_word(words: list[str], messag
 
 @pytest.mark.parametrize("split", ["1", "1,2", "a,b,c", "0,0,0", "-1,2,3", "1,2,3,4"])
 def test_a_broken_split_is_an_error(split: str) -> None:
-    from megatron_instruct.training.sources import check_split
+    from megatron_instruct.training.index_file import shares_of
 
     with pytest.raises(ConfigError, match="three shares"):
-        check_split(split)
+        shares_of(split)
+
+
+# What follows builds data sets as a run does, in a process group of one.
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import torch
+
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A second, smaller data set."""
+    folder = tmp_path_factory.mktemp("other-data")
+    lines = (ROOT / "examples" / "quickstart" / "jargon.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "corpus.jsonl").write_text("".join(lines[600:700]), encoding="utf-8")
+    return preprocess(folder / "corpus.jsonl", folder / "other", tokenizer_folder)
+
+
+class Fed:
+    """The data of a run, as its settings ask for them."""
+
+    def __init__(self, words: list[str], tokenizer: Path) -> None:
+        from megatron_instruct.models.batches import BatchPlan
+        from megatron_instruct.tokenizer import load_tokenizer
+        from megatron_instruct.training.data import build_datasets
+        from megatron_instruct.training.sources import sources_of
+
+        config = parse(PretrainConfig, words, prog="pretrain.py")
+        assert config is not None
+        self.sources = sources_of(config, load_tokenizer(tokenizer))
+        batch = config.batch
+        plan = BatchPlan(global_batch_size=batch.global_batch_size, micro_batch_size=1, data_parallel=1, train_iters=batch.train_iters)
+        self.train, self.valid = build_datasets(config, self.sources, plan)
+        self.samples = batch.train_iters * batch.global_batch_size
+
+    def tokens(self, number: int) -> list[int]:
+        found: list[int] = self.train[number]["tokens"].tolist()
+        return found
+
+    def pieces(self, number: int) -> list[tuple[str, int, int, int]]:
+        from megatron_instruct.training.blends import locate
+
+        dataset, place = locate(self.train, number)
+        return [(str(dataset.dataset_path), *piece) for piece in dataset.pieces(place)]
+
+
+Feed = Callable[..., Fed]
+
+
+@pytest.fixture
+def feed(group: None, flags: Callable[..., list[str]], tokenizer_folder: Path, tmp_path: Path) -> Feed:
+    def make(*more: object, drop: tuple[str, ...] = ()) -> Fed:
+        words = flags(tmp_path / "save", *more)
+        for flag in drop:
+            place = words.index(flag)
+            del words[place : place + 2]
+        return Fed(words, tokenizer_folder)
+
+    return make
+
+
+def tokens_of_documents(prefix: Path) -> Any:
+    from megatron_instruct.training.index_file import read_index
+
+    return read_index(str(prefix)).lengths
+
+
+def test_strict_epochs_take_every_document_exactly_once_an_epoch(feed: Feed, other_data: Path) -> None:
+    lengths = tokens_of_documents(other_data)
+    total = int(lengths.sum())
+    steps = 3 * total // 64 // 8
+    fed = feed("--train-data-path", other_data, "--strict-epochs", "--train-iters", steps, drop=("--data-path", "--eval-interval"))
+    first, second = math.ceil(total / 64), math.ceil(2 * total / 64)
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    for start, stop in ((0, first), (first, second)):
+        taken = np.zeros(total, dtype=int)
+        for number in range(start, stop):
+            inputs = [begins[document] + offset + place for _, document, offset, length in fed.pieces(number) for place in range(length)]
+            taken[inputs[:-1]] += 1  # the last token of a sample is there for its label
+        # but for less than one sample on either side of the border between two epochs
+        assert np.count_nonzero(taken == 1) > total - 2 * 64
+        assert taken.max() <= 2
+        assert taken.sum() == (stop - start) * 64
+    assert [fed.pieces(number) for number in range(first)] != [fed.pieces(number) for number in range(first, 2 * first)]
+
+
+def test_a_longer_run_of_strict_epochs_begins_with_the_samples_of_the_shorter_one(feed: Feed, data: Path, other_data: Path) -> None:
+    blend = ("--data-path", "0.3", data, "0.7", other_data, "--strict-epochs")
+    short, long = feed(*blend, "--train-iters", 400), feed(*blend, "--train-iters", 800)
+    assert short.samples == 3200
+    assert [short.pieces(number) for number in range(short.samples)] == [long.pieces(number) for number in range(short.samples)]
+    assert short.tokens(3199) == long.tokens(3199)
+    of_other = sum(short.pieces(number)[0][0] == str(other_data) for number in range(short.samples))
+    assert of_other == pytest.approx(0.7 * short.samples, abs=1)
+    assert of_other * 64 > 2 * tokens_of_documents(other_data).sum(), "the smaller data set goes through more than two epochs"
+
+
+def test_without_strict_epochs_the_order_is_the_one_of_megatron_core(feed: Feed, data: Path, tokenizer_folder: Path) -> None:
+    fed = feed("--train-iters", 90)
+    assert type(fed.train).__name__ == "RoleWeightedDataset"
+
+
+def test_a_phase_goes_on_where_the_phases_before_stopped_in_its_data_sets(feed: Feed, data: Path, other_data: Path) -> None:
+    phases = (f"{{until: 10, data_path: {data}}}", f"{{data_path: 0.5 {data} 0.5 {other_data}}}")
+    fed = feed("--phases", *phases, "--train-iters", 20, drop=("--data-path", "--eval-interval"))
+    seen: dict[str, set[tuple[int, int]]] = {}
+    for number in range(160):
+        for prefix, document, start, length in fed.pieces(number):
+            places = {(document, token) for token in range(start, start + length - 1)}
+            assert not places & seen.setdefault(prefix, set()), f"sample {number} repeats tokens of {prefix}"
+            seen[prefix] |= places
+    of_other = [fed.pieces(number)[0][0] == str(other_data) for number in range(160)]
+    assert sum(of_other[:80]) == 0
+    assert sum(of_other[80:]) == 40
+
+
+def test_a_later_phase_can_change_without_a_trace_in_the_samples_before(feed: Feed, data: Path, other_data: Path) -> None:
+    one = (f"{{until: 10, data_path: {data}}}", f"{{data_path: 0.5 {data} 0.5 {other_data}}}")
+    other = (one[0], f"{{data_path: 0.1 {data} 0.9 {other_data}}}")
+    runs = [feed("--phases", *phases, "--train-iters", 20, drop=("--data-path", "--eval-interval")) for phases in (one, other)]
+    before, after = ([[run.pieces(number) for number in numbers] for run in runs] for numbers in (range(80), range(80, 160)))
+    assert before[0] == before[1]
+    assert after[0] != after[1]
+
+
+def copy(data: Path, folder: Path) -> Path:
+    for file in sorted(data.parent.glob(f"{data.name}*"), key=lambda file: file.name.endswith(".manifest.json")):
+        shutil.copyfile(file, folder / file.name)
+    return folder / data.name
+
+
+def test_data_changed_in_place_under_the_same_name_and_size_are_refused_and_their_indices_not_used(
+    feed: Feed, data: Path, tmp_path: Path
+) -> None:
+    prefix = copy(data, tmp_path)
+    feed("--data-path", prefix)
+    with open(f"{prefix}.bin", "r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"\1\0")
+    status = Path(f"{prefix}.manifest.json").stat()
+    os.utime(f"{prefix}.bin", (status.st_atime, status.st_mtime - 100))  # a date that hides it
+    with pytest.raises(InputError, match=r"\.bin is not what its manifest says: SHA-256 .* run preprocess_data\.py again, or restore"):
+        feed("--data-path", prefix)
+
+
+def test_foreign_data_rebuilt_at_the_same_prefix_and_size_do_not_meet_stale_indices(feed: Feed, data: Path, tmp_path: Path) -> None:
+    prefix = copy(data, tmp_path)
+    Path(f"{prefix}.manifest.json").unlink()
+    before = feed("--data-path", prefix, "--adopt-data")
+    folders = set((tmp_path / "save" / "cache").glob("*/"))
+    again = feed("--data-path", prefix, "--adopt-data")
+    assert set((tmp_path / "save" / "cache").glob("*/")) == folders
+    assert again.sources.fingerprint == before.sources.fingerprint
+    with open(f"{prefix}.idx", "r+b") as stream:  # the first two documents change places
+        lengths = np.memmap(f"{prefix}.idx", dtype="<i4", mode="r", offset=34, shape=(2,)).copy()
+        stream.seek(34)
+        stream.write(lengths[::-1].tobytes())
+    after = feed("--data-path", prefix, "--adopt-data")
+    assert after.sources.fingerprint != before.sources.fingerprint
+    assert set((tmp_path / "save" / "cache").glob("*/")) > folders
+    with open(f"{prefix}.bin", "r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"\1\0")
+    assert feed("--data-path", prefix, "--adopt-data").sources.fingerprint != after.sources.fingerprint
+    with open(f"{prefix}.bin", "r+b") as stream:
+        stream.write(b"\xff\xff")
+    with pytest.raises(InputError, match=r"holds the token 65,535, and the tokenizer has \d+ ids.*tokenizer_model"):
+        feed("--data-path", prefix, "--adopt-data")
+
+
+def test_a_share_of_the_split_without_documents_is_refused(feed: Feed, data: Path) -> None:
+    with pytest.raises(InputError, match=r"has no token in its validation share \(split='100,0,0' of 500 documents\).*valid_data_path"):
+        feed("--split", "100,0,0")
+    with pytest.raises(InputError, match=r"has no token in its training share \(split='0,1,0'"):
+        feed("--split", "0,1,0")
+
+
+def test_prefixes_without_weights_that_end_before_the_run_are_refused(feed: Feed, data: Path, other_data: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train_iters=9000: .*72,000 sequences of 64 tokens.*taken once\. Give weights.*lower train_iters"
+    ):
+        feed("--data-path", data, other_data, "--train-iters", 9000)
+    assert len(feed("--data-path", data, other_data, "--train-iters", 900, "--strict-epochs").train) >= 7200
+
+
+def test_a_broken_index_is_refused(feed: Feed, data: Path, tmp_path: Path) -> None:
+    prefix = copy(data, tmp_path)
+    Path(f"{prefix}.manifest.json").unlink()
+    for content, message in (
+        (b"nothing", "is no index of a Megatron data set"),
+        (Path(f"{data}.idx").read_bytes()[:200], "it is cut short"),
+    ):
+        Path(f"{prefix}.idx").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            feed("--data-path", prefix, "--adopt-data")
+    shutil.copyfile(f"{data}.idx", f"{prefix}.idx")
+    with open(f"{prefix}.bin", "ab") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(InputError, match="they do not belong together"):
+        feed("--data-path", prefix, "--adopt-data")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_instruct.config import YamlText
 from megatron_instruct.errors import ConfigError, did_you_mean
 from megatron_instruct.records import ROLE_CODES
+from megatron_instruct.training.phases import parse_phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,15 @@ class DataOptions:
     """Shares of data_path for training, validation and test."""
     train_data_path: tuple[str, ...] = ()
     """As data_path, for training only; instead of data_path."""
+    phases: tuple[YamlText, ...] = ()
+    """Training data that changes on the way, instead of data_path: a list of {until: STEP, 80% or decay, data_path: as data_path}; the
+    last one needs no until; lr, min_lr and lr_decay_style (linear, cosine) give a phase a learning rate of its own."""
     valid_data_path: tuple[str, ...] = ()
     """As data_path, for validation only."""
+    strict_epochs: bool = False
+    """Take every document exactly once in each epoch of its data set, in an order that a longer run begins with, too."""
     data_cache_path: Path | None = None
-    """Folder of megatron-core's index caches (default: SAVE/cache)."""
+    """Folder of the index caches (default: SAVE/cache). Machines that do not share it build their own."""
     tokenizer_model: Path | None = None
     """Tokenizer folder or file (default: the loaded checkpoint's); must be the one that made the data."""
     adopt_data: bool = False
@@ -38,10 +45,11 @@ class DataOptions:
     """Processes that read batches ahead, per rank."""
 
     def __post_init__(self) -> None:
-        if bool(self.data_path) == bool(self.train_data_path):
-            raise ConfigError("give either data_path or train_data_path (with valid_data_path).")
+        if sum(map(bool, (self.data_path, self.train_data_path, self.phases))) != 1:
+            raise ConfigError("give either data_path, or train_data_path or phases (with valid_data_path).")
         if self.data_path and self.valid_data_path:
-            raise ConfigError("valid_data_path goes with train_data_path; data_path is divided by split.")
+            raise ConfigError("valid_data_path goes with train_data_path or phases; data_path is divided by split.")
+        parse_phases(self.phases)
         known = [role for role in ROLE_CODES if role != "padding"]
         for role, weight in self.role_weights.items():
             if role not in known:
