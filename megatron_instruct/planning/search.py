@@ -44,7 +44,7 @@ class Ranking:
     """All legal layouts of a task."""
 
     fitting: tuple[Estimate, ...]
-    """Those that fit the memory, the fastest first; of what is as fast to three digits, the one over fewer ranks, then in less memory."""
+    """Those that fit the memory, the fastest first; of what is as fast to four digits, the one over fewer ranks, then in less memory."""
     closest: Estimate | None
     """The one that needs least memory; None where no layout is legal."""
     legal: int
@@ -79,7 +79,7 @@ def rank(task: Task, constants: Constants) -> Ranking:
 def _place(estimate: Estimate) -> tuple[float, int, float]:
     layout = estimate.execution.layout
     ranks = layout.tensor * layout.context * layout.pipeline
-    return float(f"{estimate.time.total:.3g}"), ranks, estimate.memory.total
+    return float(f"{estimate.time.total:.4g}"), ranks, estimate.memory.total
 
 
 def smallest_that_fits(task: Task, constants: Constants, *, most: int) -> int | None:

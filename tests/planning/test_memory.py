@@ -126,5 +126,7 @@ def _compare(name: str, measured: dict[str, int], layout: ParallelLayout, *, dis
     )  # type: ignore[arg-type]
     memory = fullest_stage(shape, execution)
     for part in ("weights", "gradients", "optimizer"):
-        # a distributed optimizer pads its buffers, which counts in a model so small
-        assert getattr(memory, part) == pytest.approx(measured[part], rel=0.15 if distributed else 0.01), (name, part)
+        if distributed:  # megatron-core pads the buffers that it divides, which counts in a model so small
+            assert getattr(memory, part) == pytest.approx(measured[part], rel=0.15), (name, part)
+        else:
+            assert getattr(memory, part) == measured[part], (name, part)
