@@ -13,7 +13,7 @@ quickstart: setup  # CORPUS=my.jsonl runs it on your own texts, OUTPUT=folder el
 	@$(PYTHON_ENV) examples/quickstart/run.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(OUTPUT),--output-dir "$(OUTPUT)")
 
 test: setup
-	@$(PYTHON_ENV) -m pytest -m "not slow" --durations 12
+	@$(PYTHON_ENV) -m pytest -m "not slow" -n 2 --dist loadfile --durations 12
 
 test-slow: setup  # what takes minutes, the whole quick start included
 	@$(PYTHON_ENV) -m pytest -m slow

@@ -29,6 +29,7 @@ EXTRAS["dev"] = [
     "mypy",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "types-PyYAML",
     "types-psutil",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -58,9 +59,10 @@ def jargon() -> list[dict[str, str]]:
 def smollm2_folder(pytestconfig: pytest.Config) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, kept in pytest's cache from one run to the next."""
     folder = Path(pytestconfig.cache.mkdir("models")) / "SmolLM2-135M-Instruct"
-    if not (folder / "config.json").is_file():
-        command = [sys.executable, str(ROOT / "examples" / "quickstart" / "smollm2.py"), str(folder)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+    with FileLock(f"{folder}.lock"):  # pytest's workers share it
+        if not (folder / "config.json").is_file():
+            command = [sys.executable, str(ROOT / "examples" / "quickstart" / "smollm2.py"), str(folder)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
     return folder
 
 

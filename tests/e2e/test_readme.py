@@ -1,5 +1,6 @@
 """The commands of the README do what it says, in the order it shows them."""
 
+import json
 import os
 import re
 import subprocess
@@ -55,6 +56,11 @@ def test_step_by_step_from_texts_to_an_evaluated_model(tmp_path: Path, smollm2_f
     for command in rest:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    examples = [json.loads(line) for line in (tmp_path / "work" / "examples" / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shots = [shot for example in examples for shot in example["shots"]]
+    assert any(shot["pairs"] for shot in shots), "the real engine wrote pairs"
+    assert all(pair["answer"] in shot["text"] and pair["question"].endswith("?") for shot in shots for pair in shot["pairs"])
+    assert any(len(example["shots"]) == 2 for example in examples), "the second round saw the first"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "model").config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "work" / "model")("hacker")["input_ids"]
     assert (tmp_path / "work" / "evaluation" / "results.json").is_file()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.slow  # the default suite starts the engine once, in tests/e2e/test_readme.py
 def test_a_real_model_writes_grounded_pairs(
     bench: Any, smollm2_folder: Path, jargon: list[dict[str, str]], start: Callable[..., subprocess.Popen[str]]
 ) -> None:
