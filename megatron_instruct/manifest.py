@@ -54,20 +54,27 @@ def record(path: Path, *, relative_to: Path | None = None) -> FileRecord:
     """Fingerprint one file, or raise InputError that names it."""
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
-    name = os.path.relpath(path, relative_to) if relative_to else str(path)
-    return FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+    return _named(FileRecord(path="", bytes=path.stat().st_size, sha256=sha256_of(path)), path, relative_to)
 
 
-def records(paths: Iterable[Path], *, relative_to: Path | None = None) -> tuple[FileRecord, ...]:
+def _named(found: FileRecord, path: Path, relative_to: Path | None) -> FileRecord:
+    return dataclasses.replace(found, path=os.path.relpath(path, relative_to) if relative_to else str(path))
+
+
+def records(
+    paths: Iterable[Path], *, relative_to: Path | None = None, known: Mapping[Path, FileRecord] | None = None
+) -> tuple[FileRecord, ...]:
     """Fingerprint files, and every file below folders, in sorted order.
 
+    known: files that were fingerprinted while they were read or written; they are not read again.
     Not part of a result: an existing manifest.json, and what a run under way or killed leaves, its lock and its temporary files.
     """
     found: list[Path] = []
     for path in paths:
         found += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     kept = [path for path in found if path.name not in ("manifest.json", LOCK) and not path.name.endswith(TEMPORARY_SUFFIX)]
-    return tuple(record(path, relative_to=relative_to) for path in kept)
+    known = known or {}
+    return tuple(_named(known[path], path, relative_to) if path in known else record(path, relative_to=relative_to) for path in kept)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import sha256_of
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -31,10 +30,10 @@ def check_known(folder: Path, weights: Iterable[Path], inputs: Iterable[FileReco
             )
 
 
-def check_manifest(path: Path, manifest: Manifest) -> None:
-    """Compare every file of a checkpoint with its manifest, which was read from `path`."""
+def check_manifest(path: Path, manifest: Manifest, found: Mapping[Path, FileRecord]) -> None:
+    """Compare every file of a checkpoint with its manifest, which was read from `path`. found: what the files hold, under full names."""
     for output in manifest.outputs:
-        if sha256_of(path / output.path) != output.sha256:
+        if found[path / output.path].sha256 != output.sha256:
             raise InputError(
                 f"{path / output.path} was changed or damaged after the stage {manifest.stage!r} wrote it; "
                 "copy the checkpoint again, or give another iteration."

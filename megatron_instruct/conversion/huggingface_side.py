@@ -8,9 +8,10 @@ neither; it is started once, and ends with this one, however this one ends. Noth
 import functools
 import json
 import multiprocessing
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from megatron_instruct.conversion.safetensors_folder import read_tensor, stored_tensors
 from megatron_instruct.errors import InputError
 
+_NOT_NEEDED = ("sklearn", "torchaudio", "torchvision")
+"""What transformers loads for other models where it finds it: 3 s and 130 MB."""
 _NO_VOCABULARY = 8  # rows of an embedding that is not used
 
 
@@ -63,16 +66,22 @@ def _ask(question: str, *values: Any) -> Any:
 
 @functools.cache
 def _process() -> "Connection[Any, Any]":
-    context = multiprocessing.get_context("spawn")
+    """Start the process. Before megatron-core is imported it is a fork, which shares the 280 MB that torch takes on import."""
+    context: Any = multiprocessing.get_context("spawn" if "megatron.core" in sys.modules else "fork")
     ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs,), daemon=True, name="transformers").start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: those of numpy's matrix products, at rest here
+        context.Process(target=_serve, args=(theirs, ours), daemon=True, name="transformers").start()
     theirs.close()
-    return ours
+    connection: Connection[Any, Any] = ours
+    return connection
 
 
-def _serve(connection: "Connection[Any, Any]") -> None:
-    """Answer questions until the other end is closed."""
+def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]") -> None:
+    """Answer questions until the other end is closed, of which a fork has a copy."""
+    other_end.close()
     warnings.simplefilter("ignore")
+    sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -92,21 +101,22 @@ def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True)
-    model = _load(folder, config)
+    model = _load(folder, config, torch.float32)
     layers, logits = _run(model, input_ids=torch.tensor([ids]))
     return layers, logits
 
 
 def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -> Any:
-    """Make a folder of this layer alone, with a vocabulary of nothing, and let transformers load it as it loads any."""
-    import safetensors.torch
+    """Let transformers load this layer alone, with a vocabulary of nothing, as it loads any model; its weights stay in their file.
+
+    Each module takes its weights in fp32 when it computes, and gives them back.
+    """
     import transformers
 
     changes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": _NO_VOCABULARY, "tie_word_embeddings": True}
     content = json.loads(config_file.read_text(encoding="utf-8"))
     if content.get("layer_types"):
-        kind = content["layer_types"][layer]
-        changes["layer_types"] = [kind]
+        changes["layer_types"] = [content["layer_types"][layer]]
     if "max_window_layers" in content:
         changes["max_window_layers"] = 0 if layer >= content["max_window_layers"] else 1
     kept = {name: value for name, value in content.items() if not name.endswith("_token_id")}
@@ -116,29 +126,42 @@ def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -
         for name, stored in stored_tensors(folder).items()
         if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
     }
-    hidden_size = hidden_SC.shape[1]
-    tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, hidden_size), "model.norm.weight": torch.ones(hidden_size)}
+    types = {tensor.dtype for tensor in tensors.values()}
+    dtype = types.pop() if len(types) == 1 else torch.float32
+    size = hidden_SC.shape[1]
+    tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, size), "model.norm.weight": torch.ones(size)}
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps({**kept, **changes}), encoding="utf-8")
-        safetensors.torch.save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
-        del tensors
-        model = _load(Path(place), transformers.AutoConfig.from_pretrained(place, local_files_only=True))
-        layers, _ = _run(model, inputs_embeds=torch.from_numpy(hidden_SC)[None])
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+    model = _load(None, config, dtype, state_dict=tensors)
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own:
+            stored = {name: value.data for name, value in own.items()}
+            module.register_forward_pre_hook(lambda _module, _given, own=own, stored=stored: _fill(own, stored, torch.float32))
+            module.register_forward_hook(lambda _module, _given, _made, own=own, stored=stored: _fill(own, stored, dtype))
+    layers, _ = _run(model, inputs_embeds=torch.from_numpy(hidden_SC)[None])
     return layers[0]
 
 
-def _load(folder: Path, config: Any) -> Any:
-    """Load a model in fp32. Experts one by one: the grouped product of torch 2.13 refuses some sizes on the CPU."""
+def _fill(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    for name, value in own.items():
+        value.data = stored[name].to(dtype)
+
+
+def _load(folder: Path | None, config: Any, dtype: torch.dtype, **given: Any) -> Any:
+    """Load a model. Experts one by one: the grouped product of torch 2.13 refuses some sizes on the CPU."""
     import transformers
 
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading = getattr(transformers, config.architectures[0]).from_pretrained(
         folder,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
         experts_implementation="eager",
         output_loading_info=True,
+        **given,
     )
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:

@@ -18,8 +18,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_instruct.conversion.config import Dtype
 from megatron_instruct.conversion.torch_dist import Checkpoint, Piece
+from megatron_instruct.conversion.weights import TORCH_DTYPES
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
@@ -27,11 +27,10 @@ from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform import device
 from megatron_instruct.platform.device import Machine
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_WEIGHT = ("optimizer.", "chained_")
 """Beginnings of names in a trained checkpoint that are no weights."""
-_COMMON: dict[str, Any] = {"common_state/shard_0_1": [{}]}
-"""What megatron-core 0.19.2 keeps in every checkpoint besides the model's own state."""
+COMMON = "common_state/shard_0_1"
+"""Where megatron-core 0.19.2 keeps what is not of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,22 @@ class CheckpointPlan:
     objects: Mapping[str, Any]
     """What is stored besides, by key."""
 
-    def read(self, checkpoint: Checkpoint, parameter: str, *, rows: int | None = None) -> torch.Tensor:
-        """Return a parameter from a checkpoint of any layout; of one that is a vocabulary, its first rows."""
+    def read(self, checkpoint: Checkpoint, parameter: str, *, rows: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a parameter from a checkpoint of any layout.
+
+        rows: of one that is a vocabulary, how many to read. dtype: of what is returned (default: as it is stored).
+        """
         pieces, sizes = self.pieces[parameter], self.sizes[parameter]
         if rows is not None:
-            return checkpoint.read(dataclasses.replace(pieces[0], sizes=(rows, *sizes[0][1:])))
-        parts = [checkpoint.read(piece).reshape(size) for piece, size in zip(pieces, sizes, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = checkpoint.read(dataclasses.replace(pieces[0], sizes=(rows, *sizes[0][1:])))
+            return whole if dtype is None else whole.to(dtype)
+        dtype = dtype or checkpoint.tensors[pieces[0].key].dtype
+        if len(pieces) == 1:
+            return checkpoint.read(pieces[0]).reshape(sizes[0]).to(dtype)
+        result = torch.empty(sum(size[0] for size in sizes), *sizes[0][1:], dtype=dtype)
+        for target, piece, size in zip(torch.split(result, [size[0] for size in sizes]), pieces, sizes, strict=True):
+            target.copy_(checkpoint.read(piece).reshape(size))
+        return result
 
     def cut(self, parameter: str, whole: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
         """Return the boxes of a parameter with their values."""
@@ -82,7 +90,7 @@ def plan_checkpoint(architecture: Architecture, machine: Machine) -> CheckpointP
     (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="shapes"))
     pieces: dict[str, tuple[Piece, ...]] = {}
     sizes: dict[str, tuple[tuple[int, ...], ...]] = {}
-    objects: dict[str, Any] = dict(_COMMON)
+    objects: dict[str, Any] = {COMMON: [{}]}
     for name, part in model.sharded_state_dict().items():
         if isinstance(part, ShardedObject):
             objects[part.unique_key] = [None]
@@ -126,6 +134,11 @@ def stored_dtypes(checkpoint: Checkpoint, plan: CheckpointPlan, architecture: Ar
         fits = found[1:] == shape[1:] and found[0] >= architecture.vocab_size if is_vocabulary else found == shape
         if not fits:
             raise InputError(f"{path}: {name} has the shape {found}, and its manifest says {shape}.")
+        if stored[name].dtype not in TORCH_DTYPES.values():
+            raise InputError(
+                f"{path}: {name} is stored as {str(stored[name].dtype).removeprefix('torch.')}; supported: {', '.join(TORCH_DTYPES)}. "
+                "Weights that are computed with in FP8 are to be saved in bf16."
+            )
     return {tensor.dtype for tensor in stored.values()}
 
 
@@ -139,6 +152,34 @@ def build(architecture: Architecture, machine: Machine, parameter: Callable[[str
                 target[: value.size(0)] = value
                 target[value.size(0) :] = 0.0
     return model.eval()
+
+
+def build_lean(architecture: Architecture, machine: Machine, parameter: Callable[[str], torch.Tensor]) -> GPTModel:
+    """Return a model whose layers take their parameters in fp32, module by module, when they compute, and then give them back.
+
+    parameter: returns one in fp32. What lies outside the layers is zero.
+    """
+    (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="empty"))
+    for path, module in model.named_modules():
+        own = {f"{path}.{name}": value for name, value in module.named_parameters(recurse=False)}
+        if not path.startswith("decoder.layers."):
+            for value in own.values():
+                value.data.zero_()
+        elif own:
+            module.register_forward_pre_hook(lambda _module, _given, own=own: _take(own, parameter))  # type: ignore[misc]
+            module.register_forward_hook(lambda _module, _given, _made, own=own: _give_back(own))  # type: ignore[misc]
+            _give_back(own)
+    return model.eval()
+
+
+def _take(own: Mapping[str, torch.Tensor], parameter: Callable[[str], torch.Tensor]) -> None:
+    for name, value in own.items():
+        value.data = parameter(name)
+
+
+def _give_back(own: Mapping[str, torch.Tensor]) -> None:
+    for value in own.values():
+        value.data = torch.empty(0)
 
 
 @dataclass(frozen=True, kw_only=True)

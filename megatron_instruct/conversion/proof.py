@@ -131,9 +131,14 @@ def check_token_ids(ours: Sequence[int], theirs: Sequence[int]) -> Check:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of one type and shape are the same, bit for bit."""
-    integers = {2: torch.int16, 4: torch.int32}[left.element_size()]
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left.view(integers), right.view(integers))
+    """Whether two tensors of one type and shape are the same, bit for bit. (Integers of 64 bits are compared fastest.)"""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    first, second = left.contiguous().view(-1), right.contiguous().view(-1)
+    eight = 8 // left.element_size()
+    aligned = not any(flat.numel() % eight or flat.storage_offset() % eight for flat in (first, second))
+    integers = torch.int64 if aligned else {2: torch.int16, 4: torch.int32}[left.element_size()]
+    return torch.equal(first.view(integers), second.view(integers))
 
 
 def conclude(checks: Sequence[Check], result: Path) -> dict[str, Any]:

@@ -11,8 +11,12 @@ from contextlib import contextmanager
 
 from megatron_instruct.config import run_tool
 from megatron_instruct.conversion.config import ConvertConfig, Direction
+from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.target import require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.manifest import Manifest
+from megatron_instruct.manifest import Manifest, finished
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.checkpoint_folder import iteration_folder
 
 _HUGGINGFACE, _MEGATRON = "config.json", "latest_checkpointed_iteration.txt"
 
@@ -29,6 +33,12 @@ def direction_of(config: ConvertConfig) -> Direction:
         raise ConfigError(f"load={config.load} holds both {_HUGGINGFACE} and {_MEGATRON}; say with --to what to make.")
     directions: dict[str, Direction] = {_HUGGINGFACE: "megatron", _MEGATRON: "huggingface"}
     possible = [directions[name] for name in found]
+    if config.to == "megatron" and possible == ["huggingface"]:
+        raise ConfigError(
+            f"to='megatron', and load={config.load} is a Megatron checkpoint already, of no particular layout: weights and optimizer state "
+            "lie under the names of their parameters. pretrain.py goes on from it under any tensor, pipeline, context, expert and data "
+            "layout, with or without the distributed optimizer; there is nothing to convert."
+        )
     if config.to is not None and config.to not in possible:
         raise ConfigError(f"to={config.to!r}, but load={config.load} holds {found[0]}, which becomes {possible[0]!r}; drop --to.")
     direction = config.to or possible[0]
@@ -42,18 +52,62 @@ def run(config: ConvertConfig) -> Manifest:
     started = time.monotonic()
     direction = direction_of(config)
     with _quiet_libraries():
-        # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
-        if direction == "megatron":
-            from megatron_instruct.conversion.to_megatron import convert
-        else:
-            from megatron_instruct.conversion.to_huggingface import convert
-        manifest = convert(config)
+        manifest = _to_megatron(config) if direction == "megatron" else _to_huggingface(config)
     proved = "proved" if manifest.facts["proof"]["proved"] else "NOT proved (--no-prove)"
     print(
         f"{config.save}: {manifest.counts['parameters'] / 1e6:,.1f}M parameters in {manifest.facts['dtype']}, for {direction}, {proved}; "
         f"{time.monotonic() - started:,.1f} s"
     )
     return manifest
+
+
+# torch takes seconds to import, and megatron-core some more: --help and a wrong flag answer without them, a source that is refused
+# without megatron-core, and while it is imported, the source is read already.
+
+
+def _to_megatron(config: ConvertConfig) -> Manifest:
+    from megatron_instruct.conversion.huggingface_source import read_source
+
+    source = read_source(config)
+    place = iteration_folder(config.save, 0) / "manifest.json"
+    inputs = source.inputs(config, {}) if place.is_file() else ()
+    if (done := finished(place, stage="convert", settings=source.settings(config), inputs=inputs)) is not None:
+        print(f"Finished already: {config.save}.")
+        return done
+    text = _prepare(config, source.architecture, source.dtype)
+    with Digests(source.files, grows=False) as digests, _without_compiler():
+        from megatron_instruct.conversion.to_megatron import convert
+
+        return convert(config, source, digests, text)
+
+
+def _to_huggingface(config: ConvertConfig) -> Manifest:
+    from megatron_instruct.conversion.megatron_source import read_source
+
+    source = read_source(config)
+    place, settings = config.save / "manifest.json", source.settings(config)
+    if (done := finished(place, stage="convert", settings=settings, inputs=source.inputs(config))) is not None:
+        print(f"Finished already: {config.save}.")
+        return done
+    text = _prepare(config, source.architecture, source.dtype)
+    with Digests(source.files, grows=False) as digests, _without_compiler():
+        from megatron_instruct.conversion.to_huggingface import convert
+
+        return convert(config, source, digests, text)
+
+
+def _prepare(config: ConvertConfig, architecture: Architecture, dtype: str) -> str:
+    """Check the target, the disk, the memory, and the proof's text, which is returned; start what the proof needs."""
+    from megatron_instruct.conversion import huggingface_side, proof
+    from megatron_instruct.conversion.weights import largest_tensor, weights_of
+
+    require_new(config.save)
+    require_room(config.save, architecture, dtype)
+    require_memory(largest_tensor(weights_of(architecture)))
+    text = proof.proof_text(config.prove_text)
+    if config.prove:
+        huggingface_side.start()
+    return text
 
 
 @contextmanager
@@ -64,6 +118,22 @@ def _quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.")
         yield
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let megatron-core 0.19.2 be imported without torch's compiler, which it asks for on import and which conversion has no use for.
+
+    It takes 2 s and 70 MB.
+    """
+    import torch
+
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def main(argv: Sequence[str] | None = None) -> int:

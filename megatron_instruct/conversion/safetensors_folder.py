@@ -3,18 +3,22 @@
 Pickled weights are never opened: a pickle can run any code. Does not know: what the tensors mean.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import safetensors
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.target import refusals_named
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json, write_json
+from megatron_instruct.manifest import FileRecord
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -31,6 +35,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """safetensors' name, such as BF16."""
+    position: int
+    """Of its first byte in the file."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -62,11 +68,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for file in weight_files(folder):
         try:
             with safetensors.safe_open(file, framework="pt") as stream:
+                positions = _positions(file)
                 for name in stream.keys():  # noqa: SIM118  (a file, not a mapping)
                     if name in found:
                         raise InputError(f"{file}: the tensor {name} is in {found[name].file.name} too; copy the model's folder again.")
                     part = stream.get_slice(name)
-                    found[name] = StoredTensor(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+                    found[name] = StoredTensor(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype(), position=positions[name])
         except safetensors.SafetensorError as error:
             raise InputError(f"{file} is damaged or cut short ({error}); copy it again.") from error
     if (folder / INDEX).is_file():
@@ -75,6 +82,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name not in found or found[name].file.name != file_name:
                 raise InputError(f"{folder / INDEX} says that {file_name} holds {name}, and it does not; copy the model's folder again.")
     return found
+
+
+def _positions(file: Path) -> dict[str, int]:
+    """Return where each tensor of a sound file starts, which safetensors itself does not tell."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def read_tensor(name: str, stored: StoredTensor) -> torch.Tensor:
@@ -91,21 +106,38 @@ def read_rows(name: str, stored: StoredTensor, rows: Sequence[int]) -> torch.Ten
         return torch.cat([part[row : row + 1] for row in rows])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a tensor goes."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+
+
 class Writer:
     """Writes tensors of known names and shapes in any order, one in memory at a time, in a with block: into model.safetensors, or into
     shards with an index where one file would be larger than max_shard_size. The files are those that safetensors itself would write."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_shard_size: str) -> None:
         self._dtype = dtype
-        self._places: dict[str, tuple[Path, int, tuple[int, ...]]] = {}
+        self._places: dict[str, _Place] = {}
         self._streams: dict[Path, IO[bytes]] = {}
+        self._waiting: dict[Path, dict[str, _Place]] = {}
+        """By file: the tensors that are not written yet, in the file's order."""
         meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
         shards = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
-        for file_name, names in shards.filename_to_tensors.items():
-            self._open(folder / file_name, {name: meta[name] for name in sorted(names)})
+        try:
+            for file_name, names in shards.filename_to_tensors.items():
+                self._open(folder / file_name, {name: meta[name] for name in sorted(names)})
+        except OSError:
+            for stream in self._streams.values():
+                stream.close()
+            raise
         if shards.is_sharded:
             content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             write_json(folder / INDEX, json.loads(json.dumps(content, sort_keys=True)))
+        self._digests = Digests(self._streams, grows=True)
 
     def _open(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a file's header: 8 bytes of its length, JSON padded to a multiple of 8 (safetensors' format)."""
@@ -116,25 +148,46 @@ class Writer:
             header[name] = {"dtype": _NAMES[self._dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        stream = open(file, "wb")  # noqa: SIM115  (closed at the end of the with block)
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
-        for name, tensor in tensors.items():
-            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0], tuple(tensor.shape))
-        self._streams[file] = stream
+        stream = self._streams[file] = open(file, "wb")  # noqa: SIM115  (closed at the end of the with block)
+        with refusals_named(file):
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+        self._waiting[file] = {name: _Place(file=file, start=starts[name], shape=tuple(tensors[name].shape)) for name in tensors}
+        self._places |= self._waiting[file]
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor."""
-        file, position, shape = self._places.pop(name)
-        assert tuple(tensor.shape) == shape and tensor.dtype == self._dtype, f"{name} is as announced"
-        self._streams[file].seek(position)
-        self._streams[file].write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+        place = self._places[name]
+        assert tuple(tensor.shape) == place.shape and tensor.dtype == self._dtype, f"{name} is as announced"
+        stream, waiting = self._streams[place.file], self._waiting[place.file]
+        with refusals_named(place.file):
+            stream.seek(place.start)
+            stream.write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+            stream.flush()
+        del waiting[name]
+        self._digests.ready(place.file, next((first.start for first in waiting.values()), None))
 
-    def __enter__(self) -> "Writer":
+    def read_back(self, name: str) -> torch.Tensor:
+        """Read one tensor that was written, from its file."""
+        place = self._places[name]
+        return read_tensor(name, StoredTensor(file=place.file, shape=place.shape, dtype=_NAMES[self._dtype], position=place.start))
+
+    def records(self) -> dict[Path, FileRecord]:
+        """Return what a manifest says of the files, once the with block is left."""
+        return self._digests.records()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the files. Every announced tensor must have been written."""
+        if kind is not None:
+            self._digests.stop()
         for stream in self._streams.values():
-            stream.close()
-        assert kind is not None or not self._places, f"never written: {sorted(self._places)[:4]}"
+            with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():  # a full disk is told of already
+                stream.close()
+        if kind is not None:
+            return
+        left = sorted(name for waiting in self._waiting.values() for name in waiting)
+        assert not left, f"never written: {left[:4]}"

@@ -1,6 +1,8 @@
 """Where a result goes: a folder that is new, on a disk with room for it, made on a machine with memory for it."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_instruct.errors import ConfigError, InputError
@@ -39,3 +41,17 @@ def require_memory(elements: int) -> None:
             f"this conversion takes about {needed / 1e9:.1f} GB of memory (twice its largest tensor of {elements / 1e6:.0f}M values, and "
             f"libraries), and {free / 1e9:.1f} GB are free; free some, or use a larger machine."
         )
+
+
+@contextlib.contextmanager
+def refusals_named(file: Path) -> Iterator[None]:
+    """Let what the system says of a write to a file name it. (torch.save hides it behind a RuntimeError of its own.)"""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        refusal = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refusal, OSError):
+            raise
+        if refusal.filename is None:
+            refusal.filename = str(file)
+        raise refusal from None

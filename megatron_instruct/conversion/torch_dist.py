@@ -7,13 +7,14 @@ Does not know: models, Hugging Face.
 """
 
 import collections
+import contextlib
 import io
 import math
 import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -27,8 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.target import refusals_named
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import write_json
+from megatron_instruct.manifest import FileRecord
 
 INDEX, FORMAT, DATA = ".metadata", "metadata.json", "__0_0.distcp"
 _REMEDY = "give another iteration or write it again"
@@ -83,16 +87,20 @@ class Checkpoint:
         self._path = path
         self.tensors = _read_index(path)
 
+    def position(self, piece: Piece) -> tuple[str, int]:
+        """Return where the box begins: its file's name, and a position in it."""
+        chunks = self.tensors[piece.key].chunks
+        first = next((chunk for chunk in chunks if _overlap(piece, chunk) is not None), chunks[0])
+        return first.file.name, first.position
+
     def read(self, piece: Piece) -> torch.Tensor:
         """Return the box, put together from however it was stored."""
         stored, result, filled = self.tensors[piece.key], None, 0
         for chunk in stored.chunks:
-            box = [
-                (max(a, c), min(a + s, c + t)) for a, s, c, t in zip(piece.offsets, piece.sizes, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(end <= start for start, end in box):
+            box = _overlap(piece, chunk)
+            if box is None:
                 continue
-            tensor = self._load(piece.key, chunk, stored.dtype)
+            tensor = _load(piece.key, chunk, stored.dtype)
             if (chunk.offsets, chunk.sizes) == (piece.offsets, piece.sizes):
                 return tensor
             result = torch.empty(piece.sizes, dtype=stored.dtype) if result is None else result
@@ -104,41 +112,40 @@ class Checkpoint:
             raise InputError(f"{self._path} holds {filled} of {math.prod(piece.sizes)} values of a part of {piece.key}; {_REMEDY}.")
         return result
 
-    def _load(self, key: str, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
-        try:
-            with open(chunk.file, "rb") as stream:
-                view: Any = _create_file_view(stream, chunk.position, chunk.length)
-                tensor: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-            raise InputError(f"{chunk.file} is damaged where {key} lies ({error}); {_REMEDY}.") from error
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
-            raise InputError(f"{chunk.file} holds something else where {key} lies; {_REMEDY}.")
-        return tensor
+
+def _overlap(piece: Piece, chunk: _Chunk) -> list[tuple[int, int]] | None:
+    """Return from where to where both hold each axis; None where they have nothing in common."""
+    box = [(max(a, c), min(a + s, c + t)) for a, s, c, t in zip(piece.offsets, piece.sizes, chunk.offsets, chunk.sizes, strict=True)]
+    return None if any(end <= start for start, end in box) else box
 
 
-@dataclass(kw_only=True)
 class Writer:
     """Writes a checkpoint below an empty folder, tensor after tensor, in a with block, at whose end the index is written."""
 
-    path: Path
-    _stream: BinaryIO = field(init=False)
-    _tensors: dict[str, TensorStorageMetadata] = field(default_factory=dict)
-    _objects: dict[str, BytesStorageMetadata] = field(default_factory=dict)
-    _places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: BinaryIO = open(path / DATA, "wb")  # noqa: SIM115  (closed at the end of the with block)
+        self._digests = Digests([path / DATA], grows=True)
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._objects: dict[str, BytesStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def __post_init__(self) -> None:
-        self._stream = open(self.path / DATA, "wb")  # noqa: SIM115  (closed at the end of the with block)
-
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the data, and write the index where nothing went wrong."""
+        if kind is not None:
+            self._digests.stop()
+            with contextlib.suppress(OSError):  # a full disk is told of already
+                self._stream.close()
+            return
         self._stream.close()
-        if kind is None:
-            metadata = Metadata(state_dict_metadata={**self._tensors, **self._objects}, storage_data=self._places)
-            (self.path / INDEX).write_bytes(pickle.dumps(metadata))
-            write_json(self.path / FORMAT, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        self._digests.ready(self._path / DATA, None)
+        metadata = Metadata(state_dict_metadata={**self._tensors, **self._objects}, storage_data=self._places)
+        (self._path / INDEX).write_bytes(pickle.dumps(metadata))
+        assert Checkpoint(self._path).tensors == _stored_tensors(self._path, metadata), "the index says what was written"
+        write_json(self._path / FORMAT, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 
     def tensor(self, piece: Piece, value: torch.Tensor) -> None:
         """Write one box. Its values may have any shape of as many elements."""
@@ -159,10 +166,50 @@ class Writer:
         self._objects[key] = BytesStorageMetadata()
         self._write(MetadataIndex(key), value)
 
+    def read_back(self, piece: Piece) -> torch.Tensor:
+        """Read one box that was written as it is, from the file."""
+        info = self._places[MetadataIndex(piece.key, torch.Size(piece.offsets))]
+        chunk = _Chunk(offsets=piece.offsets, sizes=piece.sizes, file=self._path / DATA, position=info.offset, length=info.length)
+        return _load(piece.key, chunk, self._tensors[piece.key].properties.dtype)
+
+    def records(self) -> dict[Path, FileRecord]:
+        """Return what a manifest says of the data, once the with block is left."""
+        return self._digests.records()
+
     def _write(self, index: MetadataIndex, value: Any) -> None:
         start = self._stream.tell()
-        torch.save(value, self._stream)
-        self._places[index] = _StorageInfo(relative_path=DATA, offset=start, length=self._stream.tell() - start)
+        with _without_checksums(), refusals_named(self._path / DATA):
+            torch.save(value, self._stream)
+            self._stream.flush()
+        end = self._stream.tell()
+        self._places[index] = _StorageInfo(relative_path=DATA, offset=start, length=end - start)
+        self._digests.ready(self._path / DATA, end)
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Leave out the CRC-32 of what torch.save writes, which takes twice as long as the rest of it and which torch.load does not read.
+
+    The manifest has the SHA-256 of the file.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _load(key: str, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        with open(chunk.file, "rb") as stream:
+            view: Any = _create_file_view(stream, chunk.position, chunk.length)
+            tensor: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise InputError(f"{chunk.file} is damaged where {key} lies ({error}); {_REMEDY}.") from error
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
+        raise InputError(f"{chunk.file} holds something else where {key} lies; {_REMEDY}.")
+    return tensor
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -177,17 +224,20 @@ class _IndexUnpickler(pickle.Unpickler):
 def _read_index(path: Path) -> dict[str, StoredTensor]:
     try:
         metadata = _IndexUnpickler(io.BytesIO((path / INDEX).read_bytes())).load()
-        places: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = collections.defaultdict(list)
-        for index, info in metadata.storage_data.items():
-            places[index.fqn].append((None if index.offset is None else tuple(index.offset), info))
-        found = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                chunks = _chunks(path, entry.chunks, dict(places[name]))
-                found[name] = StoredTensor(shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=chunks)
+        return _stored_tensors(path, metadata)
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{path} is no readable checkpoint of megatron-core ({error}); {_REMEDY}.") from error
-    return found
+
+
+def _stored_tensors(path: Path, metadata: Metadata) -> dict[str, StoredTensor]:
+    places: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = collections.defaultdict(list)
+    for index, info in metadata.storage_data.items():
+        places[index.fqn].append((None if index.offset is None else tuple(index.offset), info))
+    return {
+        name: StoredTensor(shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=_chunks(path, entry.chunks, dict(places[name])))
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _chunks(path: Path, stored: Sequence[ChunkStorageMetadata], places: Mapping[tuple[int, ...] | None, Any]) -> tuple[_Chunk, ...]:

@@ -1,6 +1,7 @@
 """Whatever cannot be converted is refused by name, and nothing that loads is left."""
 
 import json
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -198,6 +199,9 @@ def test_a_direction_that_the_source_does_not_have_is_refused(write_model: Write
         run(ConvertConfig(load=source, save=out, iteration=3))
     with pytest.raises(InputError, match=r"neither a Hugging Face folder .* nor a checkpoint folder"):
         run(ConvertConfig(load=tmp_path, save=out))
+    run(ConvertConfig(load=source, save=tmp_path / "megatron", prove=False))
+    with pytest.raises(ConfigError, match=r"is a Megatron checkpoint already, of no particular layout: .* nothing to convert"):
+        run(ConvertConfig(load=tmp_path / "megatron", save=out, to="megatron"))
     (source / "latest_checkpointed_iteration.txt").write_text("0\n")
     with pytest.raises(ConfigError, match=r"holds both .* --to"):
         run(ConvertConfig(load=source, save=out))
@@ -225,6 +229,31 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
         with pytest.raises(ConfigError, match=r"of memory .* 0.0 GB are free; free some"):
             run(ConvertConfig(load=source, save=tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+    run(ConvertConfig(load=source, save=tmp_path / "megatron", prove=False))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"0.00 GB free, and the result takes about .*; free room, or give another --save"):
+        run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_of_and_leaves_nothing(
+    write_model: WriteModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk: the system refuses both in the same way."""
+    source, out = write_model({**LLAMA, "num_hidden_layers": 8}), tmp_path / "out"
+    run(ConvertConfig(load=source, save=tmp_path / "megatron", prove=False))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for load, file in ((source, "__0_0.distcp"), (tmp_path / "megatron", "model.safetensors")):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+        try:
+            status = main(["--load", str(load), "--save", str(out), "--no-prove"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert status == 1
+        said = capsys.readouterr().err
+        assert "File too large" in said and file in said, said
+        assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("mistake", ["gate and up exchanged", "query heads in another order"])
