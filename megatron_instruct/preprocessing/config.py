@@ -37,6 +37,8 @@ class PreprocessConfig:
     """Keys whose text is encoded; each becomes a data set of its own. Examples with pairs and rendered documents need "text" alone."""
     append_eod: bool = False
     """End each document with the end-of-document token."""
+    prepend_bos: bool = False
+    """Begin each document with the tokenizer's BOS token, as prompts of the instruction synthesizer do; its role is context."""
     split_sentences: bool = False
     """Make each sentence a sequence of its own; the data set is then named OUTPUT_PREFIX_KEY_sentence."""
     lang: str = "english"
@@ -122,6 +124,7 @@ class PreprocessConfig:
         return {
             "json_keys": list(self.json_keys),
             "append_eod": self.append_eod,
+            **({"prepend_bos": True} if self.prepend_bos else {}),
             "split_sentences": self.lang if self.split_sentences else None,
             "min_document_tokens": self.min_document_tokens,
             "max_document_tokens": self.max_document_tokens,

@@ -21,7 +21,7 @@ from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptio
 from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
 from megatron_instruct.preprocessing.part_writer import PartWriter
 from megatron_instruct.preprocessing.sentences import sentence_splitter
-from megatron_instruct.preprocessing.tokens import encode_texts, end_documents, keep_documents, split_long
+from megatron_instruct.preprocessing.tokens import begin_documents, encode_texts, end_documents, keep_documents, split_long
 from megatron_instruct.tokenizer import Tokenizer, token_dtype
 
 _TOO_SHORT, _TOO_LONG = "too short", "too long"
@@ -33,6 +33,7 @@ class EncodeOptions:
 
     json_keys: tuple[str, ...]
     append_eod: bool
+    prepend_bos: bool
     split_sentences: str | None
     """Language to split sentences of; None: a document is one sequence."""
     min_document_tokens: int | None
@@ -85,6 +86,9 @@ class PartEncoder:
             tokens = keep_documents(tokens, kept)
             if self._options.max_document_tokens is not None:
                 tokens = split_long(tokens, self._options.max_document_tokens) if self._split is None else tokens
+            if self._options.prepend_bos:
+                assert self._tokenizer.bos is not None, "a tokenizer without BOS was refused"
+                tokens = begin_documents(tokens, self._tokenizer.bos)
             writer.write(key, end_documents(tokens, self._tokenizer.eod) if self._options.append_eod else tokens)
 
     def _reasons(self, lengths: Sequence[npt.NDArray[np.int64]]) -> dict[int, tuple[str, str]]:

@@ -28,7 +28,7 @@ from megatron_instruct.tokenizer import load_tokenizer
 
 _STAGE = "preprocess"
 _CHUNK_BYTES = 1 << 24
-_MUST_AGREE = ("append_eod", "split_sentences", "pack_sequence_length")
+_MUST_AGREE = ("append_eod", "prepend_bos", "split_sentences", "pack_sequence_length")
 """Settings of preprocessing that say what a sequence and a document of the data set are."""
 
 
@@ -168,6 +168,7 @@ def _source(prefix: Path, manifest: Manifest | None, tokenizer: Mapping[str, Any
         several = len(dataset.sequence_lengths) != len(dataset)
         settings: dict[str, Any] = {
             "append_eod": found.ended_documents == found.documents,
+            "prepend_bos": None,
             "split_sentences": "unknown" if several else None,
             "pack_sequence_length": None,
         }

@@ -104,6 +104,10 @@ def _resolve(config: PreprocessConfig) -> _Job:
             f"tokenizer_type={config.tokenizer_type}, but {config.tokenizer_model} is a {tokenizer.kind}; "
             "leave tokenizer_type out, or give the other tokenizer."
         )
+    if config.prepend_bos and tokenizer.bos is None:
+        raise ConfigError(
+            f"prepend_bos, but {config.tokenizer_model} names no bos_token; leave it out, or use the synthesizer's tokenizer."
+        )
     files = find_files(config.input)
     inputs = records(files)
     check_stage_outputs(files, inputs)
@@ -185,6 +189,7 @@ def _worker_setup(job: _Job, backend: Backend) -> WorkerSetup:
         options=EncodeOptions(
             json_keys=config.json_keys,
             append_eod=config.append_eod,
+            prepend_bos=config.prepend_bos,
             split_sentences=config.lang if config.split_sentences else None,
             min_document_tokens=config.min_document_tokens,
             max_document_tokens=config.max_document_tokens,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.preprocessing.documents import Spans
-from megatron_instruct.preprocessing.roles import END, Codes, clipped, token_roles
+from megatron_instruct.preprocessing.roles import CONTEXT, END, Codes, clipped, token_roles
 from megatron_instruct.preprocessing.sentences import SplitSentences
 from megatron_instruct.tokenizer import Tokenizer
 
@@ -97,6 +97,20 @@ def split_long(tokens: Tokens, largest: int) -> Tokens:
     place = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     cut = (np.repeat(length, pieces) + (place < np.repeat(longer, pieces))).astype(np.int32)
     return dataclasses.replace(tokens, sequences=cut, documents=np.ones(len(cut), dtype=np.int32))
+
+
+def begin_documents(tokens: Tokens, bos: int) -> Tokens:
+    """Put the BOS token in front of each document, into its first sequence."""
+    first = np.cumsum(tokens.documents) - tokens.documents
+    places = (np.cumsum(tokens.sequences, dtype=np.int64) - tokens.sequences)[first]
+    sequences = tokens.sequences.copy()
+    sequences[first] += 1
+    return dataclasses.replace(
+        tokens,
+        ids=np.insert(tokens.ids, places, bos),
+        sequences=sequences,
+        codes=np.insert(tokens.codes, places, CONTEXT) if tokens.codes is not None else None,
+    )
 
 
 def end_documents(tokens: Tokens, eod: int) -> Tokens:

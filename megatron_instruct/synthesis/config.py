@@ -75,6 +75,11 @@ class SynthesizeConfig:
     """JSON key of the text."""
     id_key: str = "id"
     """JSON key of the text's id; a text without is named by its file and line."""
+    question_key: str | None = None
+    """JSON key of a question: a text with one is asked for its answer alone, which no filter looks at (default: none)."""
+    pairs_key: str | None = None
+    """JSON key of pairs that are known already, a list of objects with question and answer: a text with them is not asked about, and is
+    shown before the later texts of its chain (default: none)."""
     limit: int | None = None
     """Take so many texts from the beginning of the input (default: all)."""
     rounds: int = 2

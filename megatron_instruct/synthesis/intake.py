@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_instruct.corpora.read import BrokenRecord, Record, raw_text, read_records
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.progress import Progress
-from megatron_instruct.records import RawText
+from megatron_instruct.records import InstructionPair, RawText
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
 from megatron_instruct.synthesis.sentences import split_to_fit
 
@@ -28,6 +28,28 @@ _OFFSET = struct.Struct("<Q")
 _JSON = json.JSONEncoder(ensure_ascii=False)
 _CACHE_KIB = 1 << 12
 """Memory for the ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskedText(RawText):
+    """A raw text, and what is given with it."""
+
+    question: str | None = None
+    """The model is asked for the answer to it alone."""
+    pairs: tuple[InstructionPair, ...] | None = None
+    """Known already: the model is not asked about the text."""
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": self.id, "text": self.text}
+        if self.question is not None:
+            found["question"] = self.question
+        return found if self.pairs is None else {**found, "pairs": [pair.to_json() for pair in self.pairs]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "AskedText":
+        pairs = value.pop("pairs", None)
+        given = None if pairs is None else tuple(InstructionPair.from_json(pair, where=value["id"]) for pair in pairs)
+        return cls(**value, pairs=given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +72,8 @@ class IntakeOptions:
 
     text_key: str
     id_key: str
+    question_key: str | None
+    pairs_key: str | None
     limit: int | None
     """Records to take."""
     on_error: Literal["stop", "reject"]
@@ -85,7 +109,7 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
                 else:
                     counts["texts"] += 1
                     offsets.write(_OFFSET.pack(end))
-                    end += texts.write(_JSON.encode({"id": one.id, "text": one.text}).encode() + b"\n")
+                    end += texts.write(_JSON.encode(one.to_json()).encode() + b"\n")
         offsets.write(_OFFSET.pack(end))
         summary = IntakeSummary(
             records=counts["records"], split=counts["split"], texts=counts["texts"], rejected=dict(sorted(rejected.items()))
@@ -111,11 +135,11 @@ class Texts:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> RawText:
+    def __getitem__(self, index: int) -> AskedText:
         if not 0 <= index < self._length:
             raise IndexError(f"text {index} of {self._length}")
         start, end = struct.unpack("<QQ", os.pread(self._offsets.fileno(), 2 * _OFFSET.size, index * _OFFSET.size))
-        return RawText(**json.loads(os.pread(self._texts.fileno(), end - start, start)))
+        return AskedText.from_json(json.loads(os.pread(self._texts.fileno(), end - start, start)))
 
 
 class _Ids:
@@ -141,21 +165,40 @@ class _Ids:
         return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?)", (key,)).rowcount == 1
 
 
-def _limited(files: Sequence[Path], options: IntakeOptions, ids: _Ids) -> Iterator[RawText | BrokenRecord]:
+def _limited(files: Sequence[Path], options: IntakeOptions, ids: _Ids) -> Iterator[AskedText | BrokenRecord]:
     """Yield the texts of the first records; an id that is there already cannot name a second text."""
     for count, record in enumerate(record for path in files for record in read_records(path)):
         if count == options.limit:
             return
-        text = raw_text(record, text_key=options.text_key, id_key=options.id_key) if isinstance(record, Record) else record
-        if isinstance(text, RawText) and not ids.add(text.id):
+        text = _asked_text(record, options) if isinstance(record, Record) else record
+        if isinstance(text, AskedText) and not ids.add(text.id):
             detail = f"the id {text.id!r} stands for an earlier text"
             text = BrokenRecord(path=record.path, line=record.line, reason="repeated id", detail=detail, raw=text.text)
         yield text
 
 
+def _asked_text(record: Record, options: IntakeOptions) -> AskedText | BrokenRecord:
+    text = raw_text(record, text_key=options.text_key, id_key=options.id_key)
+    if isinstance(text, BrokenRecord):
+        return text
+    question = record.value.get(options.question_key) if options.question_key is not None else None
+    if not isinstance(question, str | None) or question == "":
+        return record.broken("broken question", f"{options.question_key!r} is {question!r}; it must be a question, or null")
+    given = record.value.get(options.pairs_key) if options.pairs_key is not None else None
+    if given is None:
+        return AskedText(id=text.id, text=text.text, question=question)
+    if not isinstance(given, list) or not given:
+        return record.broken("broken pairs", f"{options.pairs_key!r} is {given!r}; it must be a list of objects with question and answer")
+    try:
+        pairs = tuple(InstructionPair.from_json(pair, where=record.where) for pair in given)
+    except InputError as error:
+        return record.broken("broken pairs", str(error).removeprefix(f"{record.where}: "))
+    return AskedText(id=text.id, text=text.text, pairs=pairs)
+
+
 def _texts(
-    item: RawText | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str], ids: _Ids
-) -> Iterator[RawText | Reject]:
+    item: AskedText | BrokenRecord, options: IntakeOptions, fits: Callable[[str], bool], counts: Counter[str], ids: _Ids
+) -> Iterator[AskedText | Reject]:
     if isinstance(item, BrokenRecord):
         if options.on_error == "stop":
             raise InputError(
@@ -164,7 +207,7 @@ def _texts(
         yield Reject(where=item.where, id="", reason=item.reason, content=item.raw, detail=item.detail)
     elif fits(item.text):
         yield item
-    elif options.long_texts == "reject":
+    elif options.long_texts == "reject" or item.question is not None or item.pairs is not None:
         yield Reject(where="corpus", id=item.id, reason="text too long", content=item.text)
     else:
         counts["split"] += 1
@@ -174,5 +217,7 @@ def _texts(
                 while not ids.add(name):  # a text of the corpus may be called so
                     name += "#"
                 yield (
-                    RawText(id=name, text=text) if fits(text) else Reject(where="corpus", id=name, reason="sentence too long", content=text)
+                    AskedText(id=name, text=text)
+                    if fits(text)
+                    else Reject(where="corpus", id=name, reason="sentence too long", content=text)
                 )

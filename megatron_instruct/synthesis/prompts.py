@@ -28,8 +28,8 @@ class Prompts(Protocol):
         """Return the ids of a prompt that shows `history`, oldest first, and asks for the pairs of `text`."""
         ...
 
-    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
-        """Return the ids of a prompt that shows the text and asks for the answer to the pair's question alone."""
+    def encode_question(self, text: str, pair: InstructionPair, history: Sequence[OneShotExample] = ()) -> list[int]:
+        """Return the ids of a prompt that shows `history` and the text and asks for the answer to the pair's question alone."""
         ...
 
     def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
@@ -42,13 +42,16 @@ def load_prompts(prompt_format: PromptFormat, tokenizer: Tokenizer, folder: Path
     return MarkerPrompts(prompt_format, tokenizer) if prompt_format.kind == "markers" else ChatPrompts(prompt_format, folder)
 
 
-def fit(prompts: Prompts, history: Sequence[OneShotExample], text: str, *, most: int) -> tuple[list[int], int] | None:
+def fit(
+    prompts: Prompts, history: Sequence[OneShotExample], text: str, *, most: int, asked: InstructionPair | None = None
+) -> tuple[list[int], int] | None:
     """Return the ids of a prompt of at most `most` tokens, and how many examples it shows: the newest, as many as fit.
 
-    None where the text does not fit even without history.
+    asked: ask for the answer to its question alone. None where the text does not fit even without history.
     """
     for skipped in range(len(history) + 1):
-        ids = prompts.encode(history[skipped:], text)
+        shown = history[skipped:]
+        ids = prompts.encode(shown, text) if asked is None else prompts.encode_question(text, asked, shown)
         if len(ids) <= most:
             return ids, len(history) - skipped
     return None
@@ -73,18 +76,33 @@ class MarkerPrompts:
         self._format, self._tokenizer, self._bos = prompt_format, tokenizer, tokenizer.bos
 
     def encode(self, history: Sequence[OneShotExample], text: str) -> list[int]:
+        return [*self._shown(history), self._bos, *self._before(self._text(text), self._format.pair.question)]
+
+    def encode_question(self, text: str, pair: InstructionPair, history: Sequence[OneShotExample] = ()) -> list[int]:
+        question = written_question(_hidden([pair], self.escaping)[0], self._format.pair)
+        asked = f"{self._text(text)}{question}{self._format.pair.separator}{self._format.pair.answer}"
+        return [*self._shown(history), self._bos, *self._tokenizer.encode(asked)]
+
+    def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
+        raise ConfigError(f"filters: judge asks an instruct model, and prompt_format={self._format.name} is not for one; leave it out.")
+
+    def _shown(self, history: Sequence[OneShotExample]) -> list[int]:
         ids: list[int] = []
         for shot in history:
             pairs = write_pairs(_hidden(shot.pairs, self.escaping), self._format.pair)
             ids += [self._bos, *self._tokenizer.encode(self._text(shot.text) + pairs), self._tokenizer.eod]
-        return [*ids, self._bos, *self._tokenizer.encode(self._text(text))]
+        return ids
 
-    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
-        question = written_question(_hidden([pair], self.escaping)[0], self._format.pair)
-        return [self._bos, *self._tokenizer.encode(f"{self._text(text)}{question}{self._format.pair.separator}{self._format.pair.answer}")]
+    def _before(self, text: str, following: str) -> list[int]:
+        """Return the ids of a text as they are where `following` comes next, as in the examples shown and in training.
 
-    def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
-        raise ConfigError(f"filters: judge asks an instruct model, and prompt_format={self._format.name} is not for one; leave it out.")
+        Byte-level tokenizers write a last line break, or two, in another way than the same ones between words.
+        """
+        flat = self._tokenizer.encode_flat([text + following], ends=True)
+        assert flat.ends is not None, "ends were asked for"
+        places = (flat.ends == len(text.encode())).nonzero()[0]
+        ids: list[int] = flat.ids[: int(places[-1]) + 1].tolist() if len(places) else self._tokenizer.encode(text)
+        return ids
 
     def _text(self, text: str) -> str:
         return fill(self._format.text, text=self.escaping.hide(text))
@@ -98,17 +116,14 @@ class ChatPrompts:
         self.escaping = Escaping([*self._template.markers, *prompt_format.markers])
 
     def encode(self, history: Sequence[OneShotExample], text: str) -> list[int]:
-        turns: list[str] = []
-        for shot in (*self._format.examples, *history):
-            pairs = write_pairs(_hidden(shot.pairs, self.escaping), self._format.pair)
-            turns += [self._request(shot.text), pairs]
+        turns = self._turns((*self._format.examples, *history))
         return self._template.encode(self._format.system, [*turns, self._request(text)])
 
-    def encode_question(self, text: str, pair: InstructionPair) -> list[int]:
+    def encode_question(self, text: str, pair: InstructionPair, history: Sequence[OneShotExample] = ()) -> list[int]:
         hidden = _hidden([pair], self.escaping)[0]
         question = written_question(hidden, self._format.pair, marker=False)
         request = fill(self._needed(self._format.second_answer, "second_answer"), text=self.escaping.hide(text), question=question)
-        return self._template.encode("", [request])
+        return self._template.encode("", [*self._turns(history), request])
 
     def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
         hidden = _hidden([pair], self.escaping)[0]
@@ -117,6 +132,12 @@ class ChatPrompts:
         request = "" if self._format.judge is None else self._format.judge.request
         values = {"text": self.escaping.hide(text), "question": question, "answer": answer}
         return self._template.encode("", [fill(self._needed(request, "judge"), **values)])
+
+    def _turns(self, shots: Sequence[OneShotExample]) -> list[str]:
+        turns: list[str] = []
+        for shot in shots:
+            turns += [self._request(shot.text), write_pairs(_hidden(shot.pairs, self.escaping), self._format.pair)]
+        return turns
 
     def _needed(self, request: str, name: str) -> str:
         if not request:

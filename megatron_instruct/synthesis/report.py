@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct import __version__
-from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest
+from megatron_instruct.pages import render_page
 from megatron_instruct.synthesis.content_words import FIRST_CJK
 from megatron_instruct.synthesis.grounded_spans import pieces
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS
@@ -103,15 +103,7 @@ class _Sample:
 
 def write_report(path: Path, manifest: Manifest, options: ReportOptions) -> None:
     """Write the page."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingPackageError("jinja2", extra="synthesis", purpose="a report") from error
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, folder.parent]), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(**_content(manifest, options))
+    page = render_page(Path(__file__).parent, "report.html.j2", _content(manifest, options), extra="synthesis")
     with atomic_write(path) as stream:
         stream.write(page)
 

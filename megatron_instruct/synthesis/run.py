@@ -22,6 +22,7 @@ from megatron_instruct.files import read_json, sha256_of, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.prompt_formats.prompt_format import PromptFormat, load_prompt_format
+from megatron_instruct.records import InstructionPair
 from megatron_instruct.shares import at_work, parse_share
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
@@ -128,6 +129,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
     }
     return {
         **chosen,
+        **{name: key for name in ("question_key", "pairs_key") if (key := getattr(config, name)) is not None},
         "prompt_format": prompt_format.fingerprint,
         "model": model,
         "tokenizer": _fingerprint(config.tokenizer_folder, what="tokenizer"),
@@ -172,6 +174,8 @@ def _take_in(job: _Job) -> IntakeSummary:
     config = job.config
     prompts = load_prompts(job.prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
     load_checks(job.prompt_format, prompts, config.filtering, max_new_tokens=config.max_new_tokens)  # refused before anything is written
+    if config.question_key is not None:
+        prompts.encode_question("", InstructionPair(question="?", answer="."))  # likewise
     fixed = fit(prompts, (), "", most=config.longest_prompt)
     if fixed is None:
         needed = len(prompts.encode((), ""))
@@ -187,7 +191,13 @@ def _take_in(job: _Job) -> IntakeSummary:
         return short or fit(prompts, (), text, most=config.longest_prompt) is not None
 
     options = IntakeOptions(
-        text_key=config.text_key, id_key=config.id_key, limit=config.limit, on_error=config.on_error, long_texts=config.long_texts
+        text_key=config.text_key,
+        id_key=config.id_key,
+        question_key=config.question_key,
+        pairs_key=config.pairs_key,
+        limit=config.limit,
+        on_error=config.on_error,
+        long_texts=config.long_texts,
     )
     taken = take_in(job.folder / INTAKE, job.files, options, fits)
     if not taken.texts:

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_instruct.files import atomic_folder, read_json, write_json
-from megatron_instruct.prompt_formats.parsing import Dropped, parse_pairs
+from megatron_instruct.prompt_formats.parsing import Dropped, Parsed, parse_pairs, read_answer
 from megatron_instruct.prompt_formats.prompt_format import PromptFormat
 from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample, RawText
 from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples
 from megatron_instruct.synthesis.engines.engine import Completion, Request
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filters import Filters, dropped_pair
+from megatron_instruct.synthesis.intake import AskedText
 from megatron_instruct.synthesis.journal import Journal
 from megatron_instruct.synthesis.prompts import Prompts, fit, restored
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
@@ -110,10 +111,14 @@ def journal_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.journal")
 
 
-def work_on_column(texts: Iterable[RawText], asking: Asking) -> Steps[ColumnResult]:
+def work_on_column(texts: Iterable[AskedText], asking: Asking) -> Steps[ColumnResult]:
     """Ask for the pairs of the texts of one column, each with what the earlier ones gave before it."""
     column, result = Column(), ColumnResult()
     for number, text in enumerate(texts, 1):
+        if text.pairs is not None:
+            column = advance(column, OneShotExample(id=text.id, text=text.text, pairs=text.pairs), shown=len(column.history))
+            result.counts.update(("texts", "texts_with_pairs_given"))
+            continue
         prepared = _request(text, column, asking)
         if isinstance(prepared, Reject):
             result.rejects.append(prepared)
@@ -123,7 +128,7 @@ def work_on_column(texts: Iterable[RawText], asking: Asking) -> Steps[ColumnResu
             (completion,) = yield [request]
             _count(result.counts, request, completion)
             pairs = _pairs(text, completion, number, asking, result)
-            for check in asking.checks:
+            for check in asking.checks if text.question is None else ():
                 pairs = yield from _checked(check, pairs, text, asking, result)
             result.counts["pairs"] += len(pairs)
             result.counts["texts_with_pairs"] += bool(pairs)
@@ -135,14 +140,17 @@ def work_on_column(texts: Iterable[RawText], asking: Asking) -> Steps[ColumnResu
     return result
 
 
-def _request(text: RawText, column: Column, asking: Asking) -> tuple[Request, int] | Reject:
+def _request(text: AskedText, column: Column, asking: Asking) -> tuple[Request, int] | Reject:
     """Return the request for one text and how many examples it shows, or why the text cannot be asked about."""
     try:
-        grammar = grammar_of(asking.prompt_format, text.text)
+        grammar = grammar_of(asking.prompt_format, text.text) if text.question is None else None
     except NoStatementError:
         return Reject(where="request", id=text.id, reason="no sentence to answer with", content=text.text)
-    fitting = fit(asking.prompts, column.history, text.text, most=asking.longest_prompt)
-    assert fitting is not None, "the intake lets in only what fits without history"
+    asked = None if text.question is None else InstructionPair(question=text.question, answer="")
+    fitting = fit(asking.prompts, column.history, text.text, most=asking.longest_prompt, asked=asked)
+    if fitting is None:
+        assert asked is not None, "the intake lets in only what fits without history"
+        return Reject(where="request", id=text.id, reason="question does not fit", content=asked.question)
     ids, shown = fitting
     return Request(id=text.id, prompt=tuple(ids), max_new_tokens=asking.max_new_tokens, grammar=grammar), shown
 
@@ -154,13 +162,16 @@ def _count(counts: Counter[str], request: Request, completion: Completion) -> No
     counts["generated_tokens"] += completion.tokens
 
 
-def _pairs(text: RawText, completion: Completion, round_: int, asking: Asking, result: ColumnResult) -> list[InstructionPair]:
+def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking, result: ColumnResult) -> list[InstructionPair]:
     """Return the pairs of a completion that pass the filters that ask nothing, and note what is dropped."""
     if completion.error is not None:
         result.rejects.append(Reject(where="request", id=text.id, reason="request failed", content=text.text, detail=completion.error))
         return []
     format_ = asking.prompt_format
-    parsed = parse_pairs(completion.text, format_.pair, stopped=completion.stopped)
+    if text.question is None:
+        parsed = parse_pairs(completion.text, format_.pair, stopped=completion.stopped)
+    else:
+        parsed = _answered(text.question, completion.text, format_)
     provenance = {
         "text_id": text.id,
         "synthesizer": asking.synthesizer,
@@ -170,11 +181,19 @@ def _pairs(text: RawText, completion: Completion, round_: int, asking: Asking, r
         "filters": asking.filters.passed,
     }
     pairs = [restored(pair, asking.prompts.escaping, **provenance) for pair in parsed.pairs]
-    kept, dropped = asking.filters.keep(pairs, text.text)
+    kept, dropped = asking.filters.keep(pairs, text.text) if text.question is None else (pairs, [])
     result.rejects += _rejects("completion", text, parsed.dropped) + _rejects("filter", text, dropped)
     result.counts["pieces"] += len(parsed.pairs) + len(parsed.dropped)
     result.counts["pairs_parsed"] += len(pairs)
     return kept
+
+
+def _answered(question: str, completion: str, format_: PromptFormat) -> Parsed:
+    """Return the question with the answer that the completion begins with; cut off at the limit of new tokens, it is taken as it is."""
+    answer = read_answer(completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), format_.pair)
+    if not answer:
+        return Parsed(pairs=(), dropped=(Dropped(reason="empty completion", content=completion),))
+    return Parsed(pairs=(InstructionPair(question=question, answer=answer),), dropped=())
 
 
 def _checked(

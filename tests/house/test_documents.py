@@ -59,11 +59,11 @@ def test_every_path_in_a_document_exists(document: str) -> None:
 
 
 def test_every_tool_that_is_a_stage_has_a_walk(architecture: str) -> None:
-    stages = {"synthesize", "render", "preprocess", "plan", "pretrain", "convert", "evaluate"}
+    stages = {"synthesize", "render", "preprocess", "plan", "tune", "pretrain", "convert", "evaluate"}
     assert set(walks_of(architecture)) == stages
 
 
-@pytest.mark.parametrize("stage", ["synthesize", "render", "preprocess", "plan", "pretrain", "convert", "evaluate"])
+@pytest.mark.parametrize("stage", ["synthesize", "render", "preprocess", "plan", "tune", "pretrain", "convert", "evaluate"])
 def test_a_walk_has_few_hops_and_each_leads_on(architecture: str, stage: str) -> None:
     hops = walks_of(architecture)[stage]
     assert 3 <= len(hops) - 1 <= HOPS
