@@ -64,7 +64,7 @@ class PublishedRun:
     def mfu(self) -> float:
         """Measured fraction of the peak, operations counted as this project counts them."""
         flops = self.given["batch"] * self.given["seq_length"] * self.shape.flops_per_token(self.given["seq_length"])
-        return flops / self.seconds / self.given["gpus"] / self.gpu.peak_flops[self.given["precision"]]
+        return float(flops / self.seconds / self.given["gpus"] / self.gpu.peak_flops[self.given["precision"]])
 
 
 @functools.cache
@@ -187,12 +187,12 @@ def fit(*, rounds: int = 3) -> Constants:
 
 
 def _moved(constants: Constants, name: Sequence[str], by: float) -> Constants:
-    if len(name) == 1:
-        return dataclasses.replace(constants, **{name[0]: _within(getattr(constants, name[0]) + by)})
-    field, generation, precision = name
-    fractions = {key: dict(value) for key, value in getattr(constants, field).items()}
-    fractions[generation][precision] = _within(fractions[generation][precision] + by)
-    return dataclasses.replace(constants, **{field: fractions})
+    moved = dataclasses.asdict(constants)
+    place = moved
+    for part in name[:-1]:
+        place = place[part]
+    place[name[-1]] = _within(place[name[-1]] + by)
+    return Constants(**moved)
 
 
 def _within(fraction: float) -> float:

@@ -45,15 +45,16 @@ def test_a_user_sees_the_best_layout_in_a_sentence_and_then_ten(written: tuple[P
 
 
 def test_json_holds_the_parts_that_make_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = plan(capsys, *SEVENTY, "--precision", "fp8", "--json", "--top", 3, "--train-tokens", 2e12)
+    cluster = ("--gpu", "h100", "--num-gpus", 16, "--global-batch-size", 64)
+    _, out, _ = plan(capsys, "--preset", "13B", *cluster, "--precision", "fp8", "--json", "--top", 3, "--train-tokens", 2e12)
     content = json.loads(out)
-    assert (content["gpu"], content["num_gpus"], content["train_tokens"], len(content["layouts"])) == ("h100", 64, 2e12, 3)
+    assert (content["gpu"], content["num_gpus"], content["train_tokens"], len(content["layouts"])) == ("h100", 16, 2e12, 3)
     for layout in content["layouts"]:
         for group in ("memory_bytes", "seconds"):
             total = layout[group].pop("total")
             assert sum(layout[group].values()) == pytest.approx(total, rel=1e-6)
         assert layout["memory_bytes"]["fp8_copies"] > 0
-        assert layout["tensor"] * layout["context"] * layout["pipeline"] * layout["data"] == 64
+        assert layout["tensor"] * layout["context"] * layout["pipeline"] * layout["data"] == 16
 
 
 def dry_run(start: Callable[..., Any], folder: Path) -> str:
