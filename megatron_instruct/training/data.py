@@ -19,14 +19,13 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.training.blends import Phases, blend, counts
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.documents import COMPONENT
 from megatron_instruct.training.epochs import StrictEpochDataset
 from megatron_instruct.training.index_cache import IndexCache
 from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset, weights_by_code
 from megatron_instruct.training.sources import Blend, DataSources, index_root
 
 _COLUMNS = ("tokens", "labels", "loss_mask", "position_ids")
-COMPONENT = "dataset_id"
-"""In a batch of a blend: for each sample the number of its data set."""
 
 
 def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> tuple[Any, Any]:
@@ -53,10 +52,14 @@ def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
     return _datasets(config, sources, IndexCache(index_root(config)))[0]
 
 
-def component_names(config: PretrainConfig, sources: DataSources) -> list[str]:
-    """Return the data sets that validation samples are numbered by; none where they come from one."""
+def component_names(config: PretrainConfig, sources: DataSources) -> tuple[str, ...]:
+    """Return the data sets that validation samples are numbered by, in the shortest names that differ; none where they come from one."""
     prefixes, _ = sources.valid or sources.train
-    return prefixes if len(prefixes) > 1 and _validation_size(config) else []
+    if len(prefixes) == 1 or not _validation_size(config):
+        return ()
+    parts = [Path(prefix).parts for prefix in prefixes]
+    depth = next((deep for deep in range(1, max(map(len, parts)) + 1) if len({part[-deep:] for part in parts}) == len(parts)), 0)
+    return tuple("/".join(part[-depth:]) if depth else f"{number} {part[-1]}" for number, part in enumerate(parts))
 
 
 def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 Batch = dict[str, torch.Tensor]
+COMPONENT = "dataset_id"
+"""In a batch of a blend [B]: for each sample the number of its data set."""
 
 
 def document_numbers(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:

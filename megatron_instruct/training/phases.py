@@ -149,7 +149,7 @@ def _parse(number: int, text: str) -> Phase:
 
 def _until(number: int, value: object) -> int | str | None:
     if value is None or value == "decay" or (isinstance(value, int) and not isinstance(value, bool)):
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, str) and value.endswith("%"):
         try:
             share = float(value[:-1])
