@@ -17,7 +17,7 @@ perlfaq - x
 
 =head2 Why is C<int()> B<broken>?
 
-Your C<int()> is most probably working just fine. To see why, print the number with more digits.
+Your C<int()> is most probably working just fine. To see the reason, print the number with more digits.
 
     print int(0.6);
 
@@ -67,7 +67,8 @@ def test_a_row_has_the_authors_question_and_questions_made_from_sentences(exampl
     row = pairs.faq_row(next(sources.pod_questions(POD)), "perl")
     assert [(pair["Q"], pair["A"]) for pair in row["QA_list"]] == [
         ("Why is int() broken?", "Your int() is most probably working just fine."),
-        ("How do you see why?", "To see why, print the number with more digits."),
+        ("How do you see the reason?", "To see the reason, print the number with more digits."),
+        ("How are the numbers written?", "The numbers are written in binary."),
         ("What happens if a number has no end in binary?", "If a number has no end in binary, it is cut off."),
     ]
     assert all(pair["A"] in row["context"] for pair in row["QA_list"])
@@ -79,7 +80,7 @@ def test_a_row_has_the_authors_question_and_questions_made_from_sentences(exampl
         ("The parser uses a table of states.", "What does the parser use?"),
         ("RTSP was developed by three companies.", "Who developed RTSP?"),
         ("A stack is used to keep return addresses.", "What is a stack used for?"),
-        ("You can also stop it by pressing a key.", "How can you stop it?"),
+        ("You can also stop the job by pressing a key.", "How can you stop the job?"),
         ("The disk is slow because it must turn.", "Why is the disk slow?"),
         ("It uses a table of states.", None),
         ("Nothing here asks anything at all.", None),
