@@ -64,9 +64,9 @@ def write_model(folder: Path, size: str, vocab_size: int) -> Model:
     import tokenizers
     import torch
 
-    from megatron_instruct.conversion.huggingface_config import write_config
     from megatron_instruct.conversion.safetensors_folder import Writer
     from megatron_instruct.conversion.weights import largest_tensor, weights_of
+    from megatron_instruct.models.huggingface_config import write_config
     from megatron_instruct.models.presets import make_architecture
 
     preset, given = SIZES[size]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.conversion.config import ConvertConfig, Dtype
-from megatron_instruct.conversion.huggingface_config import write_config
 from megatron_instruct.conversion.weights import TORCH_DTYPES
 from megatron_instruct.errors import InputError
 from megatron_instruct.manifest import FileRecord, Manifest, record, records
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import read_description
+from megatron_instruct.models.huggingface_config import write_config
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

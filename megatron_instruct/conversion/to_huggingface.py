@@ -16,13 +16,13 @@ from megatron_instruct.conversion.checksums import check_manifest
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests
-from megatron_instruct.conversion.huggingface_config import token_ids_of, write_config
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
 from megatron_instruct.conversion.weights import TORCH_DTYPES, Weight, join, rounded, split, weights_of
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.huggingface_config import token_ids_of, write_config
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import copy_tokenizer
 

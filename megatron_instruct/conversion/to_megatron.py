@@ -16,12 +16,12 @@ from megatron_instruct.conversion.checksums import check_known
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests
-from megatron_instruct.conversion.huggingface_config import token_ids_of
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
 from megatron_instruct.conversion.weights import TORCH_DTYPES, Weight, join, split
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import FileRecord, Manifest, records, write_manifest
 from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
+from megatron_instruct.models.huggingface_config import token_ids_of
 from megatron_instruct.models.megatron_lm import common_state
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import copy_tokenizer

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_instruct.conversion.config import ConvertConfig
-from megatron_instruct.conversion.huggingface_config import read_architecture, write_config
 from megatron_instruct.conversion.run import run
 from megatron_instruct.conversion.weights import Weight, join, split, weights_of
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.huggingface_config import read_architecture, write_config
 from tests.conversion.conftest import WriteModel, random_tensors
 from tests.conversion.random_configs import NAMES, random_config
 
