@@ -2,8 +2,8 @@
 """A plan for 70B on 1,024 GPUs over all legal layouts, in bf16 and in FP8: seconds from the settings to the ranking.
 
 Each turn runs tools/plan.py in a process of its own, as a user starts it, and the ranking alone in this one. No other tool answers the
-same question, so that there is no peer; the bound is ten seconds. Processor time says what the ranking takes on a machine that does other things, too. The last line is JSON with
-medians.
+same question, so that there is no peer; the bound is ten seconds. Processor time says what the ranking takes on a machine that does
+other things, too. The last line is JSON with medians.
 """
 
 import argparse
