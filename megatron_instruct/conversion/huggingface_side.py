@@ -101,16 +101,13 @@ def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True)
-    model = _load(folder, config, torch.float32)
-    layers, logits = _run(model, input_ids=torch.tensor([ids]))
+    tensors = {name: read_tensor(name, stored) for name, stored in stored_tensors(folder).items()}
+    layers, logits = _run(_load(config, tensors), input_ids=torch.tensor([ids]))
     return layers, logits
 
 
 def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -> Any:
-    """Let transformers load this layer alone, with a vocabulary of nothing, as it loads any model; its weights stay in their file.
-
-    Each module takes its weights in fp32 when it computes, and gives them back.
-    """
+    """Let transformers load this layer alone, with a vocabulary of nothing."""
     import transformers
 
     changes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": _NO_VOCABULARY, "tie_word_embeddings": True}
@@ -124,49 +121,57 @@ def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -
     tensors = {
         name.replace(prefix, "model.layers.0.", 1): read_tensor(name, stored)
         for name, stored in stored_tensors(folder).items()
-        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+        if name.startswith(prefix)
     }
-    types = {tensor.dtype for tensor in tensors.values()}
-    dtype = types.pop() if len(types) == 1 else torch.float32
     size = hidden_SC.shape[1]
-    tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, size), "model.norm.weight": torch.ones(size)}
+    dtype = next(iter(tensors.values())).dtype
+    tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, size, dtype=dtype)}
+    tensors |= {"model.norm.weight": torch.ones(size, dtype=dtype)}
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps({**kept, **changes}), encoding="utf-8")
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
-    model = _load(None, config, dtype, state_dict=tensors)
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        if own:
-            stored = {name: value.data for name, value in own.items()}
-            module.register_forward_pre_hook(lambda _module, _given, own=own, stored=stored: _fill(own, stored, torch.float32))
-            module.register_forward_hook(lambda _module, _given, _made, own=own, stored=stored: _fill(own, stored, dtype))
-    layers, _ = _run(model, inputs_embeds=torch.from_numpy(hidden_SC)[None])
+    layers, _ = _run(_load(config, tensors), inputs_embeds=torch.from_numpy(hidden_SC)[None])
     return layers[0]
 
 
-def _fill(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    for name, value in own.items():
-        value.data = stored[name].to(dtype)
+def _load(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Let transformers load the tensors, which stay in their files; each module computes with copies of its own in fp32.
 
-
-def _load(folder: Path | None, config: Any, dtype: torch.dtype, **given: Any) -> Any:
-    """Load a model. Experts one by one: the grouped product of torch 2.13 refuses some sizes on the CPU."""
+    Experts one by one: the grouped product of torch 2.13 refuses some sizes on the CPU.
+    """
     import transformers
 
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    types = {tensor.dtype for tensor in tensors.values()}
     model, loading = getattr(transformers, config.architectures[0]).from_pretrained(
-        folder,
+        None,
         config=config,
-        dtype=dtype,
+        state_dict=tensors,
+        dtype=types.pop() if len(types) == 1 else torch.float32,
         local_files_only=True,
-        use_safetensors=True,
         experts_implementation="eager",
         output_loading_info=True,
-        **given,
     )
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:
             raise ValueError(f"{what.replace('_', ' ')} {sorted(map(str, loading[what]))}")
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own:
+            stored = {name: value.data for name, value in own.items()}
+            module.register_forward_pre_hook(lambda _module, _given, own=own, stored=stored: _compute_in_fp32(own, stored))
+            module.register_forward_hook(lambda _module, _given, _made, own=own, stored=stored: _give_back(own, stored))
     return model.eval()
+
+
+def _compute_in_fp32(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    for name, value in own.items():
+        value.data = stored[name].float()
+
+
+def _give_back(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    for name, value in own.items():
+        value.data = stored[name]
 
 
 def _run(model: Any, **given: torch.Tensor) -> tuple[list[Any], Any]:

@@ -143,32 +143,22 @@ def stored_dtypes(checkpoint: Checkpoint, plan: CheckpointPlan, architecture: Ar
 
 
 def build(architecture: Architecture, machine: Machine, parameter: Callable[[str], torch.Tensor]) -> GPTModel:
-    """Return the whole model in fp32, each parameter filled with what `parameter` returns for its name; rows that are missing are zero."""
-    (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="empty"))
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            if torch.is_tensor(target) and not name.endswith("_extra_state"):
-                value = parameter(name)
-                target[: value.size(0)] = value
-                target[value.size(0) :] = 0.0
-    return model.eval()
+    """Return the model in fp32, whose layers take their parameters module by module when they compute, and then give them back.
 
-
-def build_lean(architecture: Architecture, machine: Machine, parameter: Callable[[str], torch.Tensor]) -> GPTModel:
-    """Return a model whose layers take their parameters in fp32, module by module, when they compute, and then give them back.
-
-    parameter: returns one in fp32. What lies outside the layers is zero.
+    parameter: returns one in fp32 by name; rows that are missing in it are zero. What lies outside the layers is filled at once.
     """
     (model,) = build_model(architecture, ParallelLayout(), machine, BuildOptions(weights="empty"))
     for path, module in model.named_modules():
         own = {f"{path}.{name}": value for name, value in module.named_parameters(recurse=False)}
-        if not path.startswith("decoder.layers."):
-            for value in own.values():
-                value.data.zero_()
-        elif own:
+        if path.startswith("decoder.layers.") and own:
             module.register_forward_pre_hook(lambda _module, _given, own=own: _take(own, parameter))  # type: ignore[misc]
             module.register_forward_hook(lambda _module, _given, _made, own=own: _give_back(own))  # type: ignore[misc]
             _give_back(own)
+            continue
+        for name, target in own.items():
+            value = parameter(name)
+            target.data[: value.size(0)] = value
+            target.data[value.size(0) :] = 0.0
     return model.eval()
 
 

@@ -15,11 +15,13 @@ import torch
 
 from megatron_instruct.conversion import weights
 from megatron_instruct.conversion.config import ConvertConfig
+from megatron_instruct.conversion.huggingface_source import Source
 from megatron_instruct.conversion.run import main, run
 from megatron_instruct.errors import ConfigError, InputError, MegatronInstructError
 from tests.conversion.conftest import LLAMA, MISTRAL, MIXTRAL, QWEN2, WriteModel
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+NORM = "model.norm.weight"
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 LLAMA3 = {
     "rope_type": "llama3",
@@ -320,6 +322,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(checkpoint: Path, tok
     weights_file = next((checkpoint / "iter_0000000").glob("*.distcp"))
     weights_file.write_bytes(weights_file.read_bytes()[:-10])
     refused(r"bytes where its manifest says")
+
+
+def test_weights_that_are_stored_as_fp8_are_refused(write_model: WriteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Source.tensor
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "tensor", lambda self, name: read(self, name).to(torch.float8_e4m3fn) if name == NORM else read(self, name))
+        run(ConvertConfig(load=write_model(), save=tmp_path / "megatron", prove=False))
+    with pytest.raises(InputError, match=r"decoder.final_layernorm.weight is stored as float8_e4m3fn; supported: fp32, bf16, fp16"):
+        run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "out", prove=False))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_weights_too_large_for_fp16_are_refused(write_model: WriteModel, tmp_path: Path) -> None:

@@ -173,3 +173,19 @@ def test_special_token_ids_and_generation_settings_survive(write_model: WriteMod
     assert (written["eos_token_id"], written["bos_token_id"], written["pad_token_id"]) == ([7, 9], 3, 5)
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_model_trained_in_fp8_is_exported_in_the_type_of_its_weights_and_this_is_said(
+    write_model: WriteModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_model(dtype=torch.bfloat16)
+    run(ConvertConfig(load=source, save=tmp_path / "trained", prove=False))
+    place = tmp_path / "trained" / "iter_0000000" / "manifest.json"
+    content = json.loads(place.read_text())
+    settings = {"dtype": "bf16", "fp8": {"fp8": "hybrid", "fp8_recipe": "delayed"}}
+    place.write_text(json.dumps({**content, "stage": "pretrain", "settings": settings}))
+    manifest = run(ConvertConfig(load=tmp_path / "trained", save=tmp_path / "back", prove=False))
+    said = "trained in FP8 (fp8=hybrid, fp8_recipe=delayed): its weights are stored in bf16, and exported in bf16"
+    assert said in capsys.readouterr().out
+    assert (manifest.facts["dtype"], manifest.facts["trained_in_fp8"]) == ("bf16", "fp8=hybrid, fp8_recipe=delayed")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
