@@ -6,6 +6,7 @@
     ├── MissingPackageError     an optional package is not installed                             (exit status 4)
     ├── EngineError             an inference engine failed or died                               (exit status 5)
     └── TrainingError           a training run cannot go on                                      (exit status 6)
+        └── LostProcessError    a process of the run is gone; the same command goes on           (exit status 7)
 
 Messages name the field or file, the value, the rule and the remedy. An `assert` marks a mistake of ours, never of the user's.
 """
@@ -52,6 +53,12 @@ class TrainingError(MegatronInstructError):
     """A training run cannot go on."""
 
     exit_status = 6
+
+
+class LostProcessError(TrainingError):
+    """A process of a training run is gone or silent; the same command goes on."""
+
+    exit_status = 7
 
 
 @dataclass(frozen=True, slots=True)

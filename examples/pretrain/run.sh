@@ -29,4 +29,4 @@ flags=(--config "$config" --train-data-path "${blend[@]}" --valid-data-path "$da
     --tokenizer-model "${TOKENIZER:-tokenizer}" --save "checkpoints/$recipe-$arm" "$@")
 if printf '%s\n' "$@" | grep -qx -- --dry-run; then exec "$python" tools/pretrain.py "${flags[@]}"; fi
 # a launcher, such as examples/slurm/pretrain.sbatch, names the machines in LAUNCH
-exec "$python" -m torch.distributed.run ${LAUNCH:---standalone --nproc-per-node gpu} tools/pretrain.py "${flags[@]}"
+exec "$python" tools/launch.py ${LAUNCH:---standalone --nproc-per-node gpu} tools/pretrain.py "${flags[@]}"

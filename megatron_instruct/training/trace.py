@@ -4,16 +4,17 @@ Comes in: the folder of a run, the data sets at the places that its settings nam
 documents that it is cut from, in words. Reads only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_instruct.config import parse, run_tool
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.phases import phase_of
+from megatron_instruct.training.pieces import pieces
 from megatron_instruct.training.run import SETTINGS
 
 
@@ -33,20 +34,6 @@ class TraceConfig:
             raise ConfigError(f"iterations={' '.join(map(str, self.iterations))!r}: give one or more steps; they count from 1.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What a sample holds of one document."""
-
-    prefix: str
-    """Of the data set."""
-    document: int
-    """Its number in the data set, from 0 (a sequence, where documents are split)."""
-    start: int
-    """First token, from 0."""
-    ids: tuple[int, ...]
-    """Token ids from there."""
-
-
 def run(config: TraceConfig) -> None:
     """Print the documents of each step."""
     settings = _settings(config)  # torch and megatron-core take seconds to import: a wrong folder or step is told without them
@@ -60,27 +47,20 @@ def run(config: TraceConfig) -> None:
     folder = settings.data.tokenizer_model or config.save / "tokenizer"
     tokenizer = load_tokenizer(folder)
     samples = training_samples(settings, sources_of(settings, tokenizer, remembers=False))
-    size = settings.batch.global_batch_size
+    batch = settings.batch
+    plan = BatchPlan(
+        global_batch_size=batch.global_batch_size, micro_batch_size=1, data_parallel=1, train_iters=batch.train_iters, ramp=batch.ramp
+    )
     for iteration in config.iterations:
         phase = phase_of(settings.phases, iteration)
         of_phase = "" if phase is None else f" (phase {phase.number}, steps {phase.start + 1} to {phase.end})"
-        for number in range((iteration - 1) * size, iteration * size):
-            print(f"step {iteration}{of_phase}, sample {number - (iteration - 1) * size}:")
+        first = plan.samples_before(iteration - 1)
+        for number in range(first, plan.samples_before(iteration)):
+            print(f"step {iteration}{of_phase}, sample {number - first}:")
             for piece in pieces(samples, number):
-                last = piece.start + len(piece.ids) - 1
-                print(f"  {piece.prefix} document {piece.document:,} tokens {piece.start:,} to {last:,}")
+                print(f"  {piece}")
                 if config.text:
                     print(f"    {tokenizer.decode(piece.ids)!r}")
-
-
-def pieces(samples: Any, number: int) -> Iterator[Piece]:
-    """Yield what sample `number` of a run is cut from, in order; the last token is there for its label alone."""
-    from megatron_instruct.training.blends import locate
-
-    dataset, place = locate(samples, number)
-    for document, start, tokens in dataset.pieces(place):
-        ids = dataset.dataset.get(document, offset=start, length=tokens).tolist()
-        yield Piece(prefix=str(dataset.dataset_path), document=document, start=start, ids=tuple(ids))
 
 
 def _settings(config: TraceConfig) -> PretrainConfig:

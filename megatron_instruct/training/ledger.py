@@ -1,0 +1,75 @@
+"""faults.jsonl in --save: what went wrong in a run and what was done, one event a line, read again by a run that goes on.
+
+Comes in: events, the same on every rank; the first writes them. Goes out: which steps are left out, and the counts that the progress line
+and metrics.jsonl show. Events of a run with other settings in the same folder stay in the file and count for nothing.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron_instruct.files import atomic_write
+
+LEDGER_FILE = "faults.jsonl"
+
+
+class Ledger:
+    """The events of one run. Every rank makes it, since the first one reads for all."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._path = folder / LEDGER_FILE
+        self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self._first = torch.distributed.get_rank() == 0
+        read: list[Any] = [_read(self._path) if self._first else None]
+        torch.distributed.broadcast_object_list(read, src=0)
+        self.events: list[dict[str, Any]] = [event for event in read[0] if event["run"] == self._run]
+
+    def add(self, kind: str, iteration: int, text: str, **details: Any) -> None:
+        """Record an event, on the disk before anything else is done, and print its text."""
+        event = {"kind": kind, "iteration": iteration, "text": text, **details, "run": self._run}
+        self.events.append(event)
+        if self._first:
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(event, ensure_ascii=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            print(text, flush=True)
+
+    def leaves_out(self, iteration: int) -> bool:
+        """Say whether a step is left out: its batch was bad, or the run went back to a checkpoint before it."""
+        return any(
+            event["iteration"] == iteration if event["kind"] == "skip" else event["checkpoint"] < iteration <= event["iteration"]
+            for event in self.events
+            if event["kind"] in ("skip", "rollback")
+        )
+
+    def count(self, kind: str) -> int:
+        """Return the events of a kind over the whole run."""
+        return sum(event["kind"] == kind for event in self.events)
+
+    def counts(self, iteration: int) -> dict[str, int]:
+        """Return the steps up to this one that were left out, and the steps that were run twice and the rollbacks so far."""
+        left_out: set[int] = set()
+        for event in self.events:
+            if event["kind"] == "skip":
+                left_out.add(event["iteration"])
+            elif event["kind"] == "rollback":
+                left_out.update(range(event["checkpoint"] + 1, event["iteration"] + 1))
+        skipped = sum(step <= iteration for step in left_out)
+        return {"skipped": skipped, "reruns": self.count("rerun"), "rollbacks": self.count("rollback")}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Read the events; a line that a kill cut short is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        with atomic_write(path) as stream:
+            stream.writelines(whole)
+    return [json.loads(line) for line in whole]

@@ -1,0 +1,170 @@
+"""Bad steps, signals and slow processes: real processes, faults made by the rehearsal, ends compared bit for bit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.training.settings.faults import FaultOptions
+
+from .conftest import SHARDED, read_metrics, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LAST = 10
+BAD_OUTPUT = "nan-output module=decoder.layers.1.mlp rank=1 step="
+SPIKES = ("--loss-spike-factor", 3, "--loss-spike-window", 20)
+FRESH: dict[str, tuple[str, tuple[object, ...]]] = {
+    "undisturbed": ("", ()),
+    "passing": (f"{BAD_OUTPUT}6 tries=1", ()),
+    "skipped": (f"{BAD_OUTPUT}6", ()),
+    "gone back": ("nan-weight parameter=decoder.final_layernorm.weight rank=0 step=7", ()),
+    "hopeless": (f"{BAD_OUTPUT}5-99", ("--max-skips-in-a-row", 2)),
+    "signalled": ("signal name=SIGUSR1 rank=1 step=6", ()),
+    "spike": ("spike factor=100 step=6", SPIKES),
+    "slow": ("slow seconds=0.1 rank=1 step=9", ("--straggler-interval", 0, "--straggler-factor", 10)),
+}
+"""Faults, and flags."""
+AGAIN: dict[str, tuple[str, int, tuple[object, ...]]] = {
+    "again skipped": ("skipped", 4, ()),
+    "again gone back": ("gone back", 4, ()),
+    "again signalled": ("signalled", 6, ()),
+    "again spike": ("spike", 4, SPIKES),
+    "again hopeless": ("hopeless", 4, ("--max-skips-in-a-row", 2)),
+}
+"""Without faults: a run above, killed some steps after an iteration."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    folder: Path
+    end: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        path = self.folder / "faults.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for line in (self.folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]], torchrun_session: Any) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("faults")
+    folders = {name: folder / name.replace(" ", "-") for name in (*FRESH, *AGAIN)}
+    # without validation, as nothing here is about it
+    short = ("--train-iters", LAST, "--save-interval", 4, "--eval-interval", 100, *SHARDED)
+    plan = [{"flags": flags(folders[name], *short, *more), "faults": faults, "of": None, "at": 0} for name, (faults, more) in FRESH.items()]
+    for name, (of, at, more) in AGAIN.items():
+        plan.append({"flags": flags(folders[name], *short, *more), "faults": "", "of": str(folders[of]), "at": at})
+    (folder / "runs.json").write_text(json.dumps(plan))
+    result = torchrun_session(2, Path(__file__).with_name("rehearsed_runs.py"), folder / "runs.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    ends = json.loads((folder / "runs.json.ends").read_text())
+    return {name: Ended(folder=path, end=end) for (name, path), end in zip(folders.items(), ends, strict=True)}
+
+
+def assert_same(one: Ended, other: Ended) -> None:
+    import torch
+
+    assert read_metrics(one.folder) == read_metrics(other.folder)
+    mine, theirs = weights(one.folder, LAST), weights(other.folder, LAST)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_passing_fault_is_run_again_on_the_same_batch_and_changes_nothing(ended: dict[str, Ended]) -> None:
+    run = ended["passing"]
+    assert_same(run, ended["undisturbed"])
+    (event,) = run.events
+    assert event["kind"] == "rerun" and event["iteration"] == 6
+    assert [row["reruns"] for row in run.rows] == [0] * 5 + [1] * 5
+    assert ended["undisturbed"].events == []
+
+
+def test_a_bad_batch_is_skipped_and_named_with_rank_layer_and_documents(ended: dict[str, Ended], data: Path) -> None:
+    run = ended["skipped"]
+    (event,) = run.events
+    assert event["kind"] == "skip" and event["iteration"] == 6
+    assert event["where"] == "the output of layer 2: decoder.layers.1.mlp on rank 1 (tensor 0, pipeline 0, data 1), microbatch 0"
+    assert event["documents"] and all(piece.startswith(f"{data} document ") for piece in event["documents"])
+    assert [row["iteration"] for row in run.rows] == [1, 2, 3, 4, 5, 7, 8, 9, 10]
+    assert [row["skipped"] for row in run.rows] == [0] * 5 + [1] * 4
+    assert [row["loss"] for row in run.rows[:5]] == [row["loss"] for row in ended["undisturbed"].rows[:5]]
+    assert [row["loss"] for row in run.rows[5:]] != [row["loss"] for row in ended["undisturbed"].rows[6:]]
+
+
+@pytest.mark.parametrize("of", ["skipped", "gone back", "spike"])
+def test_a_run_that_goes_on_leaves_out_the_same_batches_and_ends_the_same(ended: dict[str, Ended], of: str) -> None:
+    again = ended[f"again {of}"]
+    assert again.end == "done"
+    assert_same(again, ended[of])
+    assert again.events == ended[of].events, "nothing was tried again"
+
+
+def test_broken_weights_blame_no_batch_the_run_goes_back(ended: dict[str, Ended]) -> None:
+    run = ended["gone back"]
+    (event,) = run.events
+    assert (event["kind"], event["iteration"], event["checkpoint"]) == ("rollback", 7, 4)
+    assert "the weight decoder.final_layernorm.weight on rank 0" in event["where"]
+    assert [row["iteration"] for row in run.rows] == [1, 2, 3, 4, 8, 9, 10]
+    assert [(row["skipped"], row["rollbacks"]) for row in run.rows[3:5]] == [(0, 0), (3, 1)]
+
+
+def test_what_nothing_helps_ends_with_a_diagnosis_and_never_loops(ended: dict[str, Ended]) -> None:
+    run = ended["hopeless"]
+    assert [(event["kind"], event["iteration"]) for event in run.events] == [
+        *(("skip", 5), ("skip", 6), ("rollback", 7), ("skip", 8), ("skip", 9)),
+    ]
+    status, text = run.end.split(" ", 1)
+    assert status == "6"
+    for part in ("step 10 cannot be done: the loss is", "layer 2", "rank 1", "went back 1 times", " document ", "trace_data.py"):
+        assert part in text
+    assert ended["again hopeless"].end == "done", "without the fault, the same folder goes on"
+
+
+def test_a_signal_to_one_process_saves_the_same_step_on_all_and_the_run_goes_on(ended: dict[str, Ended]) -> None:
+    run = ended["signalled"]
+    assert run.end == f"75 SIGUSR1: saved after step 6 of {LAST}; the same command goes on from there."
+    assert (run.folder / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
+    assert not (run.folder / "manifest.json").exists()
+    assert_same(ended["again signalled"], ended["undisturbed"])
+
+
+def test_a_loss_far_above_the_steps_before_is_a_bad_step(ended: dict[str, Ended]) -> None:
+    (event,) = ended["spike"].events
+    assert event["kind"] == "skip" and event["iteration"] == 6
+    assert "100.0 times the median" in event["reason"] or "99." in event["reason"] or "98." in event["reason"]
+
+
+def test_a_slow_process_is_named_once(ended: dict[str, Ended]) -> None:
+    events = ended["slow"].events
+    assert [event["ranks"] for event in events] == [[1]]
+    assert "rank 1 on " in events[0]["text"] and "is slow: its own computation takes" in events[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exit_interval": 0}, "exit_interval=0"),
+        ({"loss_spike_factor": 1.0}, "loss_spike_factor=1.0 must be above 1"),
+        ({"max_skips": -1}, "-1"),
+    ],
+)
+def test_a_setting_that_breaks_a_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FaultOptions(**settings)
+
+
+@pytest.mark.parametrize(("text", "message"), [("nan-outpt step=1", "did you mean 'nan-output'"), ("spike step=1", "needs factor=")])
+def test_a_rehearsal_that_means_nothing_is_refused(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_instruct.training.rehearsal import VARIABLE, rehearsed
+
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ConfigError, match=message):
+        rehearsed()
