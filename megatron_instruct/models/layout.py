@@ -8,7 +8,8 @@ from megatron_instruct.models.architecture import Architecture
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Sizes of the parallel groups. Ranks are ordered as megatron-core orders them: tensor, then context, then data, then pipeline."""
+    """Sizes of the parallel groups. Ranks are ordered as megatron-core orders them: tensor, then context, then data, then pipeline;
+    for the experts alone: expert tensor, then expert, then data, then pipeline."""
 
     world_size: int = 1
     tensor: int = 1
@@ -21,6 +22,10 @@ class ParallelLayout:
     """Model chunks of one stage, for the interleaved schedule; None for one chunk."""
     sequence_parallel: bool = False
     """Whether norms and residuals are split along the sequence over the tensor ranks."""
+    expert: int = 1
+    """Ranks that share the experts of each layer (EP); they are taken from those that share or repeat everything else."""
+    expert_tensor: int | None = None
+    """Ranks that share each expert's matrices (ETP); None for as many as `tensor`."""
     layers_in_last_stage: int | None = None
     """Layers of the last pipeline stage, which also computes the output layer; None for an even split."""
 
@@ -28,6 +33,16 @@ class ParallelLayout:
     def data(self) -> int:
         """Replicas of the model (DP)."""
         return self.world_size // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def tensor_of_experts(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def data_of_experts(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.tensor_of_experts * self.expert * self.pipeline)
 
     def layers_of_stage(self, architecture: Architecture, stage: int) -> int:
         """Return the number of layers of a pipeline stage, over all its chunks."""
@@ -47,6 +62,13 @@ class ParallelLayout:
         last = stage == self.pipeline - 1
         return layers + (embedding if stage == 0 or last else 0) + (architecture.hidden_size if last else 0)
 
+    def parameters_of_rank(self, architecture: Architecture, stage: int) -> int:
+        """Return the parameters of one rank of a stage, without padding: its part of what tensor ranks share, and of the experts."""
+        experts = 3 * architecture.hidden_size * architecture.ffn_hidden_size * (architecture.num_experts or 0)
+        of_experts = experts * self.layers_of_stage(architecture, stage)
+        shared = self.parameters_of_stage(architecture, stage) - of_experts
+        return shared // self.tensor + of_experts // (self.expert * self.tensor_of_experts)
+
     def check(self, architecture: Architecture) -> None:
         """Raise ConfigError for a layout that the model or the number of processes does not allow."""
         model_ranks = self.tensor * self.context * self.pipeline
@@ -60,6 +82,7 @@ class ParallelLayout:
             )
         self._check_tensor(architecture)
         self._check_pipeline(architecture)
+        self._check_experts(architecture)
 
     def _check_tensor(self, architecture: Architecture) -> None:
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -99,6 +122,35 @@ class ParallelLayout:
             )
         if self.virtual_pipeline is not None and self.pipeline < 2:
             raise ConfigError("an interleaved pipeline needs pipeline_model_parallel_size of at least 2.")
+
+    def _check_experts(self, architecture: Architecture) -> None:
+        expert, tensor = self.expert, self.tensor_of_experts
+        if architecture.num_experts is None:
+            if expert != 1 or self.expert_tensor is not None:
+                raise ConfigError(
+                    f"expert_model_parallel_size={expert}, expert_tensor_parallel_size={self.expert_tensor}: the family "
+                    f"{architecture.family} has no experts; drop them, or train a mixture of experts (preset 8x7B)."
+                )
+            return
+        if min(expert, tensor) < 1:
+            raise ConfigError(f"expert={expert}, expert_tensor={tensor}: parallel sizes must be at least 1.")
+        if architecture.num_experts % expert:
+            allowed = [size for size in range(1, architecture.num_experts + 1) if architecture.num_experts % size == 0]
+            raise ConfigError(
+                f"num_experts={architecture.num_experts} is not a multiple of expert_model_parallel_size={expert}; "
+                f"this model allows {', '.join(map(str, allowed))}."
+            )
+        if architecture.ffn_hidden_size % tensor:
+            raise ConfigError(
+                f"ffn_hidden_size={architecture.ffn_hidden_size} is not a multiple of expert_tensor_parallel_size={tensor}; change either."
+            )
+        of_experts = expert * tensor * self.pipeline
+        if self.world_size % of_experts:
+            raise ConfigError(
+                f"world_size={self.world_size} is not a multiple of expert_model_parallel_size * expert_tensor_parallel_size * "
+                f"pipeline_model_parallel_size = {expert} * {tensor} * {self.pipeline} = {of_experts}; lower them, or start "
+                f"torchrun with a multiple of {of_experts} processes."
+            )
 
 
 def _divides_all(size: int, architecture: Architecture) -> bool:

@@ -83,6 +83,13 @@ def _distributed_optimizer_state(original: Callable[..., Any]) -> Callable[..., 
     return set_states
 
 
+def _split_sizes_as_lists(original: Callable[..., Any]) -> Callable[..., Any]:
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, record_stream)
+
+    return move
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
     """One replaced symbol: module:attribute, why, and a function from the original to what takes its place."""
@@ -122,6 +129,11 @@ REPLACEMENTS = (
         symbol="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
         why="named random streams use CUDA's generators",
         make=_cpu_tracker,
+    ),
+    Replacement(
+        symbol="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        why="all-to-all of tokens to experts wants the numbers of tokens as a list, and gets a tensor where it is on the CPU already",
+        make=_split_sizes_as_lists,
     ),
     Replacement(
         symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",

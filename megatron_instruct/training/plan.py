@@ -24,6 +24,8 @@ def plan_layout(options: ParallelOptions, architecture: Architecture, *, process
         context=options.context_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         sequence_parallel=options.sequence_parallel,
+        expert=options.expert_model_parallel_size,
+        expert_tensor=options.expert_tensor_parallel_size,
         layers_in_last_stage=options.decoder_last_pipeline_num_layers,
     )
     per_chunk = options.num_layers_per_virtual_pipeline_stage
@@ -36,6 +38,13 @@ def plan_layout(options: ParallelOptions, architecture: Architecture, *, process
             )
         layout = dataclasses.replace(layout, virtual_pipeline=layers // (per_chunk * layout.pipeline))
     layout.check(architecture)
+    if options.recompute_num_layers is not None:
+        layers = min(layout.layers_of_stage(architecture, stage) for stage in {0, layout.pipeline - 1}) // (layout.virtual_pipeline or 1)
+        if options.recompute_num_layers > layers:
+            raise ConfigError(
+                f"recompute_num_layers={options.recompute_num_layers} is more than the {layers} layers of a pipeline stage "
+                "or chunk; lower it."
+            )
     return layout
 
 
@@ -43,7 +52,11 @@ def plan_batches(config: PretrainConfig, layout: ParallelLayout) -> BatchPlan:
     """Return the checked cut of the global batch."""
     batch = config.batch
     plan = cut_batch(
-        layout, global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, train_iters=batch.train_iters
+        layout,
+        global_batch_size=batch.global_batch_size,
+        micro_batch_size=batch.micro_batch_size,
+        train_iters=batch.train_iters,
+        ramp=batch.ramp,
     )
     check_sequence(layout, batch.seq_length)
     if layout.context > 1 and config.data.reset_attention_mask:

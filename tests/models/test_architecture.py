@@ -148,3 +148,37 @@ def test_an_architecture_that_cannot_be_says_why(given: dict[str, Any], message:
 def test_a_layout_that_does_not_fit_says_what_would(layout: ParallelLayout, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layout.check(architecture())
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            ParallelLayout(world_size=3, expert=3),
+            "num_experts=4 is not a multiple of expert_model_parallel_size=3; this model allows 1, 2, 4",
+        ),
+        (ParallelLayout(world_size=2, expert=4), r"world_size=2 is not a multiple of .* = 4 \* 1 \* 1 = 4"),
+        (ParallelLayout(world_size=4, pipeline=2, expert=4), r"= 4 \* 1 \* 2 = 8; lower them, or start torchrun with a multiple of 8"),
+        (ParallelLayout(world_size=5, expert_tensor=5), "ffn_hidden_size=96 is not a multiple of expert_tensor_parallel_size=5"),
+        (ParallelLayout(world_size=1, expert=0), "must be at least 1"),
+        (ParallelLayout(world_size=2, tensor=2), "needs sequence_parallel=True"),
+    ],
+)
+def test_experts_that_cannot_be_laid_out_so_say_how_they_could(layout: ParallelLayout, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layout.check(architecture("tiny-experts"))
+
+
+def test_a_model_without_experts_takes_no_expert_parallelism() -> None:
+    with pytest.raises(ConfigError, match=r"expert_model_parallel_size=2.*the family llama has no experts"):
+        ParallelLayout(world_size=2, expert=2).check(architecture())
+
+
+def test_ranks_hold_all_parameters_together() -> None:
+    size = architecture("8x7B")
+    assert ParallelLayout().parameters_of_rank(size, 0) == size.num_parameters
+    spread = ParallelLayout(world_size=16, tensor=2, sequence_parallel=True, pipeline=2, expert=4, expert_tensor=1)
+    spread.check(size)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    held = sum(spread.parameters_of_rank(size, stage) for stage in (0, 1))
+    assert held == pytest.approx((size.num_parameters - experts) / 2 + experts / 4, abs=4096)

@@ -1,9 +1,11 @@
 """Settings of batches, steps and the optimizer."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.batches import BatchRamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class BatchOptions:
     """Sequences that one process computes at once."""
     global_batch_size: int
     """Sequences of one optimizer step, over all processes."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """START INCREMENT SAMPLES: the batch begins with START sequences and grows by INCREMENT to global_batch_size, over SAMPLES of them."""
     lr: float
     """Highest learning rate."""
     min_lr: float = 0.0
@@ -33,7 +37,11 @@ class BatchOptions:
     lr_decay_iters: int | None = None
     """Steps after which the learning rate is min_lr (default: train_iters)."""
     weight_decay: float = 0.1
-    """AdamW's weight decay; norms are exempt."""
+    """Weight decay; norms, biases and all that has one dimension are exempt."""
+    no_weight_decay_on_embeddings: bool = False
+    """Exempt the word embedding and the output layer, too."""
+    z_loss_coeff: float | None = None
+    """Weight of log(Z)², which keeps the output's logits small (PaLM used 1e-4); the loss that is shown stays the cross entropy."""
     clip_grad: float = 1.0
     """Highest norm of the gradient; 0 to leave it as it is."""
     adam_beta1: float = 0.9
@@ -45,10 +53,25 @@ class BatchOptions:
     seed: int = 1234
     """Of initial weights and of the order of the data."""
 
+    @property
+    def ramp(self) -> BatchRamp | None:
+        """How the batch grows at the start."""
+        given = self.rampup_batch_size
+        return None if given is None else BatchRamp(start=given[0], increment=given[1], samples=given[2])
+
+    @property
+    def of_optional_parts(self) -> dict[str, Any]:
+        """What of the optional parts decides the result; None where a part is not used."""
+        values = {name: getattr(self, name) or None for name in ("rampup_batch_size", "no_weight_decay_on_embeddings", "z_loss_coeff")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def __post_init__(self) -> None:
         for name in ("train_iters", "seq_length", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        self._check_ramp()
+        if self.z_loss_coeff is not None and not 0.0 <= self.z_loss_coeff < math.inf:
+            raise ConfigError(f"z_loss_coeff={self.z_loss_coeff} must be a number that is not negative.")
         if not 0.0 <= self.min_lr <= self.lr or self.lr == 0.0:
             raise ConfigError(f"min_lr={self.min_lr}, lr={self.lr}: 0 <= min_lr <= lr and lr > 0 must hold; change either.")
         decay = self.lr_decay_iters or self.train_iters
@@ -60,4 +83,17 @@ class BatchOptions:
         if falls is not None and not 0 < falls <= decay - self.lr_warmup_iters:
             raise ConfigError(
                 f"lr_wsd_decay_iters={falls} must lie between 1 and lr_decay_iters - lr_warmup_iters = {decay - self.lr_warmup_iters}."
+            )
+
+    def _check_ramp(self) -> None:
+        if self.rampup_batch_size is None:
+            return
+        start, increment, samples = self.rampup_batch_size
+        said = f"rampup_batch_size={start} {increment} {samples}"
+        if min(start, increment) < 1 or samples < 0:
+            raise ConfigError(f"{said}: give START INCREMENT SAMPLES, the first two at least 1, the third not negative.")
+        if start > self.global_batch_size or (self.global_batch_size - start) % increment:
+            raise ConfigError(
+                f"{said}: from {start} by {increment} the batch does not reach global_batch_size={self.global_batch_size}; "
+                f"the difference, {self.global_batch_size - start}, must be a multiple of {increment} and not negative."
             )

@@ -16,6 +16,10 @@ class ParallelOptions:
     """Stages that share the layers (PP)."""
     context_parallel_size: int = 1
     """Processes that share each sequence (CP)."""
+    expert_model_parallel_size: int = 1
+    """Processes that share the experts of each layer (EP), for a mixture of experts."""
+    expert_tensor_parallel_size: int | None = None
+    """Processes that share each expert's matrices (default: tensor_model_parallel_size)."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one model chunk, for the interleaved pipeline schedule."""
     decoder_last_pipeline_num_layers: int | None = None
@@ -29,7 +33,11 @@ class ParallelOptions:
     overlap_param_gather: bool = False
     """Gather updated parameters while the forward pass already runs; needs use_distributed_optimizer."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again instead of keeping them."""
+    """Activations that the backward pass computes again instead of keeping them: none, those inside attention, or whole layers."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: all layers in groups of recompute_num_layers (uniform, default), or only the first recompute_num_layers (block)."""
+    recompute_num_layers: int | None = None
+    """With full: layers of a group, or layers of each stage or chunk that are recomputed (default 1)."""
     bf16: bool = False
     """Parameters and activations in bfloat16 with fp32 master weights; fp32 otherwise."""
     num_threads: int | None = None
@@ -40,6 +48,11 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads={self.num_threads} must be at least 1; leave it out for the default.")
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(self, name) is not None and self.recompute_granularity != "full":
+                raise ConfigError(f"{name}={getattr(self, name)} goes with recompute_granularity=full; set it or drop {name}.")
+        if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
+            raise ConfigError(f"recompute_num_layers={self.recompute_num_layers} must be at least 1.")
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ConfigError("overlap_param_gather=True needs use_distributed_optimizer=True; set it or drop overlap_param_gather.")
         if self.overlap_param_gather and not self.overlap_grad_reduce:
