@@ -56,4 +56,5 @@ def _short(estimate: Estimate) -> str:
     execution, layout = estimate.execution, estimate.execution.layout
     sizes = f"TP {layout.tensor}  CP {layout.context}  PP {layout.pipeline}"
     sizes += f" x {execution.chunks}" if execution.chunks > 1 else ""
+    sizes += f"  EP {execution.expert}" if execution.expert > 1 else ""
     return f"{sizes}  DP {layout.data}  mb {execution.micro_batch_size}"

@@ -23,7 +23,7 @@ class Execution:
     overlap: bool = True
     """Gradients are reduced and parameters gathered while computing."""
     expert: int = 1
-    """Ranks that share the experts (EP), among those of DP and CP."""
+    """Ranks that share the experts (EP): layout.expert."""
     vocab_divisor: int = 128
     """The embedding is padded to a multiple of this times the tensor ranks."""
     fused_attention: bool = True
@@ -42,6 +42,11 @@ class Execution:
     def chunks(self) -> int:
         """Model chunks of a stage."""
         return self.layout.virtual_pipeline or 1
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share each expert's matrices (ETP)."""
+        return self.layout.tensor_of_experts
 
     @property
     def tokens(self) -> int:

@@ -61,7 +61,8 @@ def rank_parameters(shape: Shape, execution: Execution, stage: int) -> RankParam
     ffn = shape.expert_weights / tensor
     attention = shape.attention_weights / tensor
     dense = attention + (ffn if shape.experts == 1 else 0) + shape.replicated_weights
-    experts = layers * ffn * shape.experts / execution.expert if shape.experts > 1 else 0.0
+    share = shape.expert_weights * shape.experts / (execution.expert * execution.expert_tensor)
+    experts = layers * share if shape.experts > 1 else 0.0
     embedding = padded_vocab(shape, execution) * shape.hidden / tensor
     ends = embedding if stage == 0 else 0.0
     if stage == last:
@@ -77,7 +78,7 @@ def memory_of_stage(shape: Shape, execution: Execution, stage: int) -> Memory:
     replicas = execution.layout.data * execution.layout.context
     state = 12 if mixed else 8
     if execution.distributed_optimizer:
-        optimizer = state * (held.shared / replicas + held.experts / max(1.0, replicas / execution.expert))
+        optimizer = state * (held.shared / replicas + held.experts / execution.layout.data_of_experts)
     else:
         optimizer = float(state) * held.total
     is_last = stage == execution.layout.pipeline - 1

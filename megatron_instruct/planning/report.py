@@ -33,7 +33,9 @@ def layout_in_words(estimate: Estimate) -> str:
         cut = f" ({layout.virtual_pipeline} chunks a stage)" if layout.virtual_pipeline else ""
         cut = f" ({layout.layers_in_last_stage} layers in the last stage)" if layout.layers_in_last_stage else cut
         sizes.append(f"PP {layout.pipeline}{cut}")
-    extras = [f"micro batch {execution.micro_batch_size}"]
+    split = f" (ETP {layout.tensor_of_experts})" if layout.tensor_of_experts != layout.tensor else ""
+    extras = [f"EP {layout.expert}{split}"] if estimate.shape.experts > 1 else []
+    extras.append(f"micro batch {execution.micro_batch_size}")
     extras += ["sequence parallelism"] if layout.sequence_parallel else []
     extras.append({"none": "no recomputation"}.get(execution.recompute, f"{execution.recompute} recomputation"))
     extras += ["distributed optimizer"] if execution.distributed_optimizer else []
@@ -91,7 +93,7 @@ def parts(estimate: Estimate) -> list[str]:
 
 def _table(shown: Sequence[Estimate], train_tokens: float) -> list[str]:
     lines = [
-        f"{'':>2} {'TP':>3} {'CP':>3} {'PP':>3} {'chunks':>6} {'DP':>5} {'micro':>5} {'recompute':>9} | {'GiB':>6} {'bubble':>6} "
+        f"{'':>2} {'TP':>3} {'CP':>3} {'EP':>3} {'PP':>3} {'chunks':>6} {'DP':>5} {'micro':>5} {'recompute':>9} | {'GiB':>6} {'bubble':>6} "
         f"{'comm.':>6} {'step s':>8} {'tok/s/GPU':>9} {'MFU':>5} {'days':>8} {'GPU-hours':>11}"
     ]
     for number, estimate in enumerate(shown, start=1):
@@ -99,7 +101,7 @@ def _table(shown: Sequence[Estimate], train_tokens: float) -> list[str]:
         chunks = f"last {layout.layers_in_last_stage}" if layout.layers_in_last_stage else str(execution.chunks)
         communication = sum(getattr(time, name) for name in TIMES if name.endswith("communication")) / time.total
         lines.append(
-            f"{number:>2} {layout.tensor:>3} {layout.context:>3} {layout.pipeline:>3} {chunks:>6} {layout.data:>5} "
+            f"{number:>2} {layout.tensor:>3} {layout.context:>3} {execution.expert:>3} {layout.pipeline:>3} {chunks:>6} {layout.data:>5} "
             f"{execution.micro_batch_size:>5} {execution.recompute:>9} | {estimate.memory.total / GIB:>6.1f} "
             f"{estimate.bubble_fraction:>6.1%} {communication:>6.1%} {time.total:>8.3f} "
             f"{estimate.tokens_per_second_per_gpu:>9,.0f} {estimate.mfu:>5.1%} {estimate.days(train_tokens):>8,.1f} "
@@ -134,6 +136,7 @@ def _layout_json(estimate: Estimate, train_tokens: float) -> dict[str, Any]:
         "layers_in_last_stage": layout.layers_in_last_stage,
         "data": layout.data,
         "expert": execution.expert,
+        "expert_tensor": execution.expert_tensor,
         "sequence_parallel": layout.sequence_parallel,
         "micro_batch_size": execution.micro_batch_size,
         "recompute": execution.recompute,

@@ -2,8 +2,8 @@
 
 Legal is what training accepts: the rules are models/layout.py's, models/batches.py's and models/fp8_sizes.py's, which a run goes
 through too. Enumerated are TP, CP, PP, chunks of a stage, sequence parallelism, micro batch, recomputation and the distributed
-optimizer; of the uneven splits of the layers, per PP, the one whose last stage, which has the output layer too, has least fewer.
-Experts stay on every replica (EP 1), since training shares them no further yet.
+optimizer; of the uneven splits of the layers, per PP, the one whose last stage, which has the output layer too, has least fewer;
+for a mixture of experts EP, with an expert's matrices over all tensor ranks or on one.
 """
 
 import dataclasses
@@ -132,6 +132,7 @@ def legal_layouts(task: Task) -> Iterator[ParallelLayout]:
 def _execution(task: Task, layout: ParallelLayout, micro: int, recompute: Recompute, distributed: bool) -> Execution:
     return Execution(
         layout=layout,
+        expert=layout.expert,
         seq_length=task.seq_length,
         global_batch_size=task.global_batch_size,
         micro_batch_size=micro,
@@ -150,7 +151,7 @@ def _splits(task: Task, *, tensor: int, context: int, pipeline: int, sequence: b
         cuts += [(chunks, None) for chunks in _divisors(layers) if chunks > 1]
         last = layers - (layers // pipeline + 1) * (pipeline - 1)
         cuts += [(None, last)] if last >= 1 else []
-    for chunks, last_layers in cuts:
+    for (chunks, last_layers), (expert, expert_tensor) in itertools.product(cuts, _expert_splits(task, tensor)):
         layout = ParallelLayout(
             world_size=task.num_gpus,
             tensor=tensor,
@@ -158,10 +159,19 @@ def _splits(task: Task, *, tensor: int, context: int, pipeline: int, sequence: b
             pipeline=pipeline,
             virtual_pipeline=chunks,
             sequence_parallel=sequence,
+            expert=expert,
+            expert_tensor=expert_tensor,
             layers_in_last_stage=last_layers,
         )
         if task.global_batch_size % layout.data == 0 and _accepts(task, layout):
             yield layout
+
+
+def _expert_splits(task: Task, tensor: int) -> list[tuple[int, int | None]]:
+    """Return EP and ETP of the layouts to look at; ETP None for as many ranks as TP."""
+    if task.architecture.num_experts is None:
+        return [(1, None)]
+    return list(itertools.product(_divisors(task.architecture.num_experts), (None, 1) if tensor > 1 else (None,)))
 
 
 def _accepts(task: Task, layout: ParallelLayout) -> bool:

@@ -55,6 +55,8 @@ def settings_yaml(
         "context_parallel_size": layout.context,
         "pipeline_model_parallel_size": layout.pipeline,
     }
+    if architecture.num_experts is not None:
+        settings |= {"expert_model_parallel_size": layout.expert, "expert_tensor_parallel_size": layout.tensor_of_experts}
     if layout.virtual_pipeline:
         settings["num_layers_per_virtual_pipeline_stage"] = architecture.num_layers // (layout.pipeline * layout.virtual_pipeline)
     if layout.layers_in_last_stage:

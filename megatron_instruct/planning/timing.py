@@ -75,9 +75,8 @@ class _Rates:
         self.tensor = gpu.group_bandwidth(layout.tensor, stride=1) * constants.links
         self.context = gpu.group_bandwidth(layout.context, stride=layout.tensor) * constants.links
         self.data = gpu.group_bandwidth(layout.context * layout.data, stride=layout.tensor) * constants.links
-        inside = gpu.is_inside(execution.expert, stride=layout.tensor)
+        inside = gpu.is_inside(execution.expert, stride=execution.expert_tensor)
         self.expert = (gpu.nvlink_bandwidth if inside else gpu.network_bandwidth) * constants.links
-        self.expert_data = gpu.group_bandwidth(layout.data * layout.context, stride=layout.tensor * execution.expert) * constants.links
         pipeline_inside = gpu.is_inside(layout.world_size, stride=1)
         self.pipeline = (gpu.nvlink_bandwidth if pipeline_inside else gpu.network_bandwidth) * constants.links
         self.tensor_exposed = 1.0 - (constants.tensor_overlap if execution.tensor_overlap else 0.0)
@@ -135,12 +134,13 @@ def _product(rows: float, inner: float, columns: float, rates: _Rates, *, speed:
 def _products(shape: Shape, execution: Execution) -> list[tuple[float, float, float]]:
     """Return the products of a layer on one rank: rows, inner width, columns."""
     tensor, tokens = execution.layout.tensor, execution.tokens
-    to_experts = tokens * shape.experts_per_token
+    inner = execution.expert_tensor if shape.experts > 1 else tensor  # ranks that share the columns; the others share the tokens
+    to_experts = tokens * shape.experts_per_token * inner / tensor
     return [
         (tokens, shape.hidden, (shape.query + 2 * shape.key_value) / tensor),
         (tokens, shape.query / tensor, shape.hidden),
-        (to_experts, shape.hidden, shape.ffn_in / tensor),
-        (to_experts, shape.ffn / tensor, shape.hidden),
+        (to_experts, shape.hidden, shape.ffn_in / inner),
+        (to_experts, shape.ffn / inner, shape.hidden),
     ]
 
 
@@ -168,9 +168,14 @@ def _attention(shape: Shape, execution: Execution, rates: _Rates) -> tuple[float
 
 
 def _tensor_volume(shape: Shape, execution: Execution, number: int) -> float:
-    """Return the bytes that a rank sends in the forward pass of a layer: two sums over the tensor ranks, in halves under SP."""
+    """Return the bytes that a rank sends in the forward pass of a layer: two sums over the tensor ranks, in halves under SP.
+
+    The second is over the ranks that share an expert's matrices, where there are experts, and of each token as often as it is computed.
+    """
     tensor = execution.layout.tensor
-    return 4.0 * (tensor - 1) / tensor * number * execution.tokens * shape.hidden
+    inner, times = (execution.expert_tensor, shape.experts_per_token) if shape.experts > 1 else (tensor, 1)
+    parts = (tensor - 1) / tensor + times * (inner - 1) / inner
+    return 2.0 * parts * number * execution.tokens * shape.hidden
 
 
 def _layer_forward(shape: Shape, execution: Execution, rates: _Rates) -> _Pass:
@@ -241,7 +246,7 @@ def _expert_volume(shape: Shape, execution: Execution, number: int) -> float:
 def _data_volumes(execution: Execution, held: RankParameters) -> tuple[float, float]:
     """Return the bytes that a rank sends to reduce fp32 gradients, and to gather parameters."""
     replicas = execution.layout.data * execution.layout.context
-    of_experts = max(1.0, replicas / execution.expert)
+    of_experts = execution.layout.data_of_experts
     part = held.shared * (replicas - 1) / replicas + held.experts * (of_experts - 1) / of_experts
     number = 4 if execution.precision == "fp32" else 2
     return (4.0 * part, number * part) if execution.distributed_optimizer else (8.0 * part, 0.0)
@@ -258,7 +263,8 @@ def _data_communication(execution: Execution, held: RankParameters, rates: _Rate
 def _optimizer(execution: Execution, held: RankParameters, rates: _Rates) -> float:
     """Return the seconds in which AdamW reads and writes its state: gradient twice (norm, step), weight and two moments both ways."""
     replicas = execution.layout.data * execution.layout.context if execution.distributed_optimizer else 1
-    return 34.0 * held.total / replicas / rates.memory
+    of_experts = execution.layout.data_of_experts if execution.distributed_optimizer else 1
+    return 34.0 * (held.shared / replicas + held.experts / of_experts) / rates.memory
 
 
 def _volumes(shape: Shape, execution: Execution, gpu: Gpu, held: RankParameters, layers: int) -> dict[str, Volume]:
@@ -267,7 +273,7 @@ def _volumes(shape: Shape, execution: Execution, gpu: Gpu, held: RankParameters,
     sent = {
         "tensor": (passes * _tensor_volume(shape, execution, number), gpu.is_inside(layout.tensor, stride=1)),
         "context": (1.5 * passes * _ring_volume(shape, execution, number), gpu.is_inside(layout.context, stride=layout.tensor)),
-        "expert": (passes * _expert_volume(shape, execution, number), gpu.is_inside(execution.expert, stride=layout.tensor)),
+        "expert": (passes * _expert_volume(shape, execution, number), gpu.is_inside(execution.expert, stride=execution.expert_tensor)),
         "pipeline": (
             2.0 * execution.num_microbatches * execution.chunks * number * execution.tokens * shape.hidden / execution.sequence_shards
             if layout.pipeline > 1

@@ -30,10 +30,11 @@ def accepted_by_training(task: Task) -> set[tuple[object, ...]]:
     found: set[tuple[object, ...]] = set()
     layers, gpus, sizes = task.architecture.num_layers, task.num_gpus, range(1, task.num_gpus + 1)
     per_chunk = [None, *range(1, layers + 1)]
-    for tensor, context, pipeline, chunk, sequence, micro in itertools.product(
-        sizes, sizes, sizes, per_chunk, (False, True), range(1, task.global_batch_size + 1)
+    experts = range(1, (task.architecture.num_experts or 1) + 1)
+    for tensor, context, pipeline, chunk, sequence, micro, expert, inner in itertools.product(
+        sizes, sizes, sizes, per_chunk, (False, True), range(1, task.global_batch_size + 1), experts, (None, 1)
     ):
-        if gpus % (tensor * context * pipeline):
+        if gpus % (tensor * context * pipeline) or (inner == 1 and (tensor == 1 or task.architecture.num_experts is None)):
             continue
         options = ParallelOptions(
             tensor_model_parallel_size=tensor,
@@ -41,6 +42,8 @@ def accepted_by_training(task: Task) -> set[tuple[object, ...]]:
             pipeline_model_parallel_size=pipeline,
             num_layers_per_virtual_pipeline_stage=chunk,
             sequence_parallel=sequence,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=inner,
         )
         batch = BatchOptions(
             train_iters=1, global_batch_size=task.global_batch_size, micro_batch_size=micro, lr=1.0, seq_length=task.seq_length
@@ -53,7 +56,7 @@ def accepted_by_training(task: Task) -> set[tuple[object, ...]]:
             plan_batches(config, layout)
         except ConfigError:
             continue
-        found.add((tensor, context, pipeline, layout.virtual_pipeline, sequence, micro))
+        found.add((tensor, context, pipeline, layout.virtual_pipeline, sequence, micro, expert, inner))
     return found
 
 
@@ -68,6 +71,8 @@ def test_a_plan_looks_at_exactly_what_training_accepts(preset: str, gpus: int, b
             execution.layout.virtual_pipeline,
             execution.layout.sequence_parallel,
             execution.micro_batch_size,
+            execution.layout.expert,
+            execution.layout.expert_tensor,
         )
         for execution in legal_executions(task)
         if execution.layout.layers_in_last_stage is None
