@@ -11,6 +11,7 @@ from megatron_instruct.training.settings.dry_run import DryRunOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import Fp8Options
+from megatron_instruct.training.settings.watching import WatchOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class PretrainConfig:
     batch: BatchOptions
     data: DataOptions
     checkpoint: CheckpointOptions
+    watch: WatchOptions = field(default_factory=WatchOptions)
     dry: DryRunOptions = field(default_factory=DryRunOptions)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The loop: data, step, schedule, metrics, validation, checkpoint, as plain calls."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,16 @@ from megatron_instruct.models.build import BuildOptions, build_model, join_model
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform.device import Machine, compute_capability
+from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training import checkpoint
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.data import batches, build_datasets
+from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.fp8 import check_fp8, fp8_fields
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_instruct.training.phases import own_rate, set_rate
+from megatron_instruct.training.samples import Prompts, generate, read_prompts
 from megatron_instruct.training.sources import DataSources
 from megatron_instruct.training.start import Start
 from megatron_instruct.training.step import StepShape, train_step, validate
@@ -46,6 +49,11 @@ class Run:
     device: torch.device
     document_end: int
     """Id of the end-of-document token."""
+    components: tuple[str, ...]
+    """Names of the data sets that validation tells apart; none where it is from one."""
+    prompts: Prompts | None
+    """What the model goes on with at intervals."""
+    tokenizer: Tokenizer
 
 
 def build_run(
@@ -94,7 +102,15 @@ def build_run(
         valid_set=valid_set,
         device=machine.device,
         document_end=sources.vocabulary.eod,
+        components=component_names(config, sources),
+        prompts=_prompts(config, start),
+        tokenizer=start.tokenizer,
     )
+
+
+def _prompts(config: PretrainConfig, start: Start) -> Prompts | None:
+    path, positions = config.watch.sample_prompts, start.architecture.max_position_embeddings
+    return None if path is None else read_prompts(path, start.tokenizer, new_tokens=config.watch.sample_tokens, positions=positions)
 
 
 def loop(run: Run, metrics: Metrics) -> None:
@@ -103,7 +119,9 @@ def loop(run: Run, metrics: Metrics) -> None:
     data = _data(run, run.train_set, run.start_iteration, plan.train_iters - run.start_iteration)
     shape = _shape(run, plan.num_microbatches)
     if run.valid_set is not None and run.start_iteration == 0:
-        metrics.validation(0, _validation_loss(run))
+        _validate(run, metrics, 0)
+    if run.start_iteration == 0:
+        _sample(run, metrics, 0)
     metrics.restart_clock(run.start_iteration)
     losses: list[float] = []
     phases = run.config.phases
@@ -119,8 +137,9 @@ def loop(run: Run, metrics: Metrics) -> None:
             metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm)
             losses.clear()
         if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
-            metrics.validation(iteration, _validation_loss(run))
-            metrics.restart_clock(iteration)
+            _validate(run, metrics, iteration)
+        if last or (run.config.watch.sample_interval and iteration % run.config.watch.sample_interval == 0):
+            _sample(run, metrics, iteration)
         if saves:
             checkpoint.save(
                 options.save, run.models, run.optimizer, iteration=iteration, architecture=run.architecture, identity=run.identity
@@ -128,10 +147,21 @@ def loop(run: Run, metrics: Metrics) -> None:
             metrics.restart_clock(iteration)
 
 
-def _validation_loss(run: Run) -> float:
-    """Return the mean loss over the first eval_iters global batches of the validation data."""
+def _validate(run: Run, metrics: Metrics, iteration: int) -> None:
+    """Record the mean loss over the first eval_iters global batches of the validation data, and of each data set in them."""
     iterations = run.config.checkpoint.eval_iters
-    return validate(run.chunks, _data(run, run.valid_set, 0, iterations), _shape(run, run.plan.num_microbatches * iterations))
+    shape = dataclasses.replace(_shape(run, run.plan.num_microbatches * iterations), components=len(run.components))
+    result = validate(run.chunks, _data(run, run.valid_set, 0, iterations), shape)
+    metrics.validation(iteration, result.loss, {run.components[number]: loss for number, loss in result.by_component.items()})
+    metrics.restart_clock(iteration)
+
+
+def _sample(run: Run, metrics: Metrics, iteration: int) -> None:
+    """Record what the model writes now."""
+    if run.prompts is not None:
+        ids = generate(run.chunks, run.prompts, end=run.document_end, vocab_size=run.tokenizer.vocab_size)
+        metrics.samples(iteration, run.prompts.texts, [run.tokenizer.decode(row) for row in ids])
+        metrics.restart_clock(iteration)
 
 
 def _shape(run: Run, num_microbatches: int) -> StepShape:

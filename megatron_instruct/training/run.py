@@ -5,6 +5,7 @@ The walk: settings -> what to start from -> layout and batches -> data sources (
 """
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.config import as_yaml, run_tool
+from megatron_instruct.config import as_yaml, flat, run_tool
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.files import atomic_folder, atomic_write, locked
 from megatron_instruct.manifest import Manifest, finished, write_manifest
@@ -61,20 +62,22 @@ def run(config: PretrainConfig) -> None:
     noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
     from megatron_instruct.training.checkpoint import check_identity
+    from megatron_instruct.training.phases import with_free_phases
     from megatron_instruct.training.plan import plan_batches, plan_layout
-    from megatron_instruct.training.sources import find_sources
+    from megatron_instruct.training.sources import sources_of
     from megatron_instruct.training.start import find_start, run_identity
 
     start = find_start(config)
     layout = plan_layout(config.parallel, start.architecture)
     plan = plan_batches(config, layout)
-    sources = find_sources(config.data, start.tokenizer)
-    identity = run_identity(config, start, sources.fingerprint)
+    sources = sources_of(config, start.tokenizer)
+    identity = run_identity(config, start, sources)
     if finished(config.checkpoint.save / "manifest.json", stage="pretrain", settings=identity, inputs=()) is not None:
         print(f"{config.checkpoint.save} holds the finished run already; nothing to do.")
         return
     if start.saved_identity is not None:
-        check_identity(config.checkpoint.save, start.saved_identity, identity)
+        saved = with_free_phases(start.saved_identity, identity, iteration=start.iteration, where=str(config.checkpoint.save))
+        check_identity(config.checkpoint.save, saved, identity)
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
         if speaks_for_all:
@@ -117,6 +120,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         tokens_per_iteration=plan.global_batch_size * config.batch.seq_length,
         flops_per_token=start.architecture.flops_per_token(config.batch.seq_length),
         peak_flops=None if peak is None else peak * layout.world_size,
+        devices=layout.world_size,
+        peak_memory=functools.partial(device.peak_memory, machine),
     )
     if first:
         _keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer")
@@ -130,8 +135,15 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         )
         for prefix in sources.without_roles if config.data.role_weights else ():
             print(f"{prefix} has no roles: all its tokens count 1.", flush=True)
-    tensorboard = config.checkpoint.tensorboard_dir
-    with Metrics(config.checkpoint.save, size, start_iteration=start.iteration, tensorboard_dir=tensorboard, writes=first) as metrics:
+    with Metrics(
+        config.checkpoint.save,
+        size,
+        start_iteration=start.iteration,
+        tensorboard_dir=config.checkpoint.tensorboard_dir,
+        writes=first,
+        watch=config.watch,
+        settings=flat(config),
+    ) as metrics:
         loop(parts, metrics)
     if first:
         facts = {"iteration": plan.train_iters}

@@ -16,6 +16,7 @@ from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.fp8 import fp8_fields
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.model import ModelOptions
+from megatron_instruct.training.sources import DataSources
 
 _DIMENSIONS = (
     "family",
@@ -111,13 +112,15 @@ def _check_agreement(options: ModelOptions, architecture: Architecture, source: 
             )
 
 
-def run_identity(config: PretrainConfig, start: Start, data_fingerprint: str) -> dict[str, Any]:
+def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> dict[str, Any]:
     """Return the settings that decide the result of a run, whatever its layout."""
     batch = config.batch
     return {
         "architecture": start.architecture.to_json(),
         "tokenizer": start.tokenizer.fingerprint,
-        "data": data_fingerprint,
+        "data": sources.fingerprint,
+        "phases": [source.to_json() for source in sources.phases] or None,
+        "strict_epochs": config.data.strict_epochs or None,
         "split": config.data.split if config.data.data_path else None,
         "eod_mask_loss": config.data.eod_mask_loss,
         "reset_attention_mask": config.data.reset_attention_mask,

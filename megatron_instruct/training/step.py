@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_instruct.errors import TrainingError
-from megatron_instruct.training.documents import Batch, as_one_sequence, forbidden_attention
+from megatron_instruct.training.documents import COMPONENT, Batch, as_one_sequence, forbidden_attention
 
 _REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
@@ -34,6 +34,18 @@ class StepShape:
     """Id of the end-of-document token where attention stops at it; None where it runs on."""
     packs: bool = False
     """Documents go to the model as Transformer Engine takes them: the microbatch as one sequence, with its bounds."""
+    components: int = 0
+    """Data sets of a blend whose losses are told apart; 0 where they are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What one validation gives back, the same on every rank."""
+
+    loss: float
+    """Mean over the tokens, in nats."""
+    by_component: dict[int, float]
+    """The same over the samples of each data set of the blend that had any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +65,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = _run(chunks, data, shape, forward_only=False)
+    loss = _mean(_run(chunks, data, shape, forward_only=False)[0])
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss}; {_REMEDY}")
     updated, norm, _ = optimizer.step()
@@ -63,19 +75,21 @@ def train_step(
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 
-def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[Batch]], shape: StepShape) -> float:
-    """Return the mean loss over the tokens of `shape.num_microbatches` microbatches a rank, in nats."""
+def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[Batch]], shape: StepShape) -> Validation:
+    """Return the mean loss over the tokens of `shape.num_microbatches` microbatches a rank."""
     for chunk in chunks:
         chunk.eval()
     try:
         with torch.no_grad():
-            return _run(chunks, data, shape, forward_only=True)
+            whole, *parts = _run(chunks, data, shape, forward_only=True)
     finally:
         for chunk in chunks:
             chunk.train()
+    return Validation(loss=_mean(whole), by_component={number: _mean(part) for number, part in enumerate(parts) if part[1]})
 
 
-def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShape, *, forward_only: bool) -> float:
+def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShape, *, forward_only: bool) -> torch.Tensor:
+    """Return [1 + components, 2]: sum of losses and number of tokens, of all and of each component."""
     interleaved = len(chunks) > 1
     packs = shape.packs and shape.document_end is not None
     losses = get_forward_backward_func()(
@@ -88,30 +102,44 @@ def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShap
         forward_only=forward_only,
     )
     device = next(chunks[0].parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(1 + shape.components, 2, dtype=torch.float64, device=device)
     for entry in losses or ():
         total += entry["loss and tokens"].to(torch.float64)
     # only the last pipeline stage has losses; the others add nothing
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if not total[1]:
+    if not total[0, 1]:
         raise TrainingError("no token of the batch counts under role_weights; raise global_batch_size, or give another role a weight.")
-    return float(total[0] / total[1])
+    return total.cpu()
+
+
+def _mean(loss_and_tokens: torch.Tensor) -> float:
+    return float(loss_and_tokens[0] / loss_and_tokens[1])
 
 
 def _forward(data: Iterator[Batch], model: Any, *, shape: StepShape) -> tuple[torch.Tensor, Any]:
-    batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    batch = dict(next(data))
+    component_B = batch.pop(COMPONENT, None)
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
     forbidden = packed = None
     if shape.document_end is not None and shape.packs:
         batch, packed = as_one_sequence(batch, shape.document_end)
     elif shape.document_end is not None:
         forbidden = forbidden_attention(batch["tokens"], shape.document_end)
     output = model(batch["tokens"], batch["position_ids"], forbidden, labels=batch["labels"], packed_seq_params=packed)
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], component_B if shape.components else None, shape.components)
 
 
-def _loss(loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def _loss(
+    loss_mask_BS: torch.Tensor, component_B: torch.Tensor | None, components: int, losses_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the weighed sum over tokens, the number of those that weigh anything (int), and both for the log."""
-    total = torch.sum(losses_BS.float() * loss_mask_BS)
+    weighed_BS = losses_BS.float() * loss_mask_BS
+    total = torch.sum(weighed_BS)
     tokens = (loss_mask_BS > 0).sum()
-    return total, tokens.to(torch.int), {"loss and tokens": torch.stack([total.detach(), tokens.to(total.dtype)])}
+    rows = torch.stack([total.detach(), tokens.to(total.dtype)])[None]
+    if component_B is not None:
+        samples = component_B.numel()  # a microbatch that is packed into one sequence still has its samples one after another
+        of_samples = torch.stack([weighed_BS.detach().reshape(samples, -1).sum(1), (loss_mask_BS > 0).reshape(samples, -1).sum(1)], dim=1)
+        rows = torch.cat([rows, rows.new_zeros(components, 2).index_add(0, component_B.long(), of_samples.to(rows.dtype))])
+    return total, tokens.to(torch.int), {"loss and tokens": rows}

@@ -68,7 +68,15 @@ def preprocess(corpus: Path, prefix: Path, tokenizer: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def flags(data: Path, tokenizer_folder: Path) -> Callable[..., list[str]]:
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts that every tiny run goes on with at its beginning, in the middle and at its end."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("A hacker is\nThe bug that\n\nIn\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(data: Path, tokenizer_folder: Path, prompts: Path) -> Callable[..., list[str]]:
     """The command line of a tiny run of 20 steps; what is given comes last and wins.
 
     At seq_length 32 one batch (step 10) is ill-conditioned: rounding alone, even another micro batch on one process, moves its
@@ -81,6 +89,7 @@ def flags(data: Path, tokenizer_folder: Path) -> Callable[..., list[str]]:
             *("--seq-length", 64, "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", ITERATIONS),
             *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-warmup-iters", 2, "--save", save, "--save-interval", STOP),
             *("--eval-interval", 10, "--eval-iters", 2),
+            *("--sample-prompts", prompts, "--sample-interval", STOP, "--sample-tokens", 4),
         ]
         return list(map(str, [*words, *more]))
 
@@ -172,13 +181,25 @@ def blend(data: Path) -> tuple[object, ...]:
     return ("--data-path", "0.3", data, "0.7", data)
 
 
+def in_phases(data: Path, *, last: str = "0.5 {0} 0.5 {0}") -> tuple[object, ...]:
+    """Three phases on one data set: of the first 7 steps, of the next 7 with a learning rate of their own, and of the last."""
+    first, second = f"{{until: 7, data_path: {data}}}", f"{{until: 70%, data_path: 0.3 {data} 0.7 {data}, lr: 5.0e-4, min_lr: 0}}"
+    third = f"{{data_path: {last.format(data)}}}"
+    return ("--data-path", "--valid-data-path", data, "--phases", first, second, third)
+
+
 @pytest.fixture(scope="session")
-def one(runs: Runs, blend: tuple[object, ...]) -> dict[str, Path]:
+def one(runs: Runs, blend: tuple[object, ...], data: Path) -> dict[str, Path]:
     """Runs of one process; "reference" is what every layout must equal."""
     return runs(
         1,
-        {**ONE, "blend": blend},
-        {"again reference": ("reference", ()), "again logged every 4": ("logged every 4", ONE["logged every 4"])},
+        {**ONE, "blend": blend, "phases": in_phases(data)},
+        {
+            "again reference": ("reference", ()),
+            "again logged every 4": ("logged every 4", ONE["logged every 4"]),
+            "again phases": ("phases", in_phases(data)),
+            "phases with another end": ("phases", in_phases(data, last="{0}")),
+        },
     )
 
 

@@ -3,6 +3,9 @@
 import math
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.training.config import PretrainConfig
 
-from .conftest import ROOT, preprocess
+from .conftest import PRETRAIN, ROOT, preprocess, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """megatron-core's imports warn about packages that a CPU has no use for."""
@@ -281,3 +284,31 @@ def test_a_broken_index_is_refused(feed: Feed, data: Path, tmp_path: Path) -> No
         stream.write(b"\0\0")
     with pytest.raises(InputError, match="they do not belong together"):
         feed("--data-path", prefix, "--adopt-data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_machines_build_one_cache_where_they_share_it_and_else_each_its_own(
+    shared: bool, flags: Callable[..., list[str]], one: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two torchrun nodes on this machine; a relative path is a folder of each node's own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cache = tmp_path / "shared" if shared else Path("cache")
+    words = flags(tmp_path / "save", "--data-cache-path", cache)
+    nodes = []
+    for rank in range(2):
+        folder = tmp_path / f"node-{rank}"
+        folder.mkdir()
+        launcher = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost", "--master-port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", "1", str(PRETRAIN), *words]
+        nodes.append(subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors[-3000:]
+    built = sorted(path.parent.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*train-shuffle_index.npy"))
+    assert built == (["shared"] if shared else ["node-0/cache", "node-1/cache"])
+    assert not list(tmp_path.rglob(".seen-*"))
+    losses, expected = ([row[1] for row in read_metrics(folder).training] for folder in (tmp_path / "save", one["reference"]))
+    assert losses == pytest.approx(expected, rel=1e-5)

@@ -1,14 +1,19 @@
 """The log: one line an interval, metrics.jsonl without duplicates after a resume, TensorBoard event files."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_instruct.errors import ConfigError, InputError, MissingPackageError
 from megatron_instruct.training.metrics import Metrics, RunSize
+from megatron_instruct.training.settings.watching import WatchOptions
+
+from .conftest import ITERATIONS, STOP, TWO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZE = RunSize(train_iters=10, tokens_per_iteration=100, flops_per_token=1e3, peak_flops=1e9)
+SIZE = RunSize(train_iters=10, tokens_per_iteration=100, flops_per_token=1e3, peak_flops=1e9, devices=4, peak_memory=lambda: 3 << 29)
 
 
 def metrics(folder: Path, *, start: int = 0, tensorboard: Path | None = None, writes: bool = True) -> Metrics:
@@ -34,11 +39,23 @@ def test_a_line_says_loss_rate_share_of_peak_and_time_left(tmp_path: Path, capsy
         log.restart_clock(2)
         log.training(4, loss=1.25, lr=0.1, grad_norm=2.0)
     out = capsys.readouterr().out
-    for part in ("iteration  4/10", "loss 1.2500", "lr 1.000e-01", "grad norm 2.000", "tokens/s", "of peak", "left"):
+    for part in (
+        "iteration  4/10",
+        "loss 1.2500",
+        "lr 1.000e-01",
+        "grad norm 2.000",
+        "tokens/s",
+        "TFLOP/s (",
+        "of peak)",
+        "| 1.5 GiB |",
+        "left",
+    ):
         assert part in out
     (row,) = rows(tmp_path)
     assert row["tokens"] == 400
     assert row["tokens_per_second"] == pytest.approx(2 * 100 / row["seconds"])
+    assert row["tflops"] == pytest.approx(row["tokens_per_second"] * 1e3 / 4 / 1e12)
+    assert row["memory"] == 3 << 29
     assert row["peak_fraction"] == pytest.approx(row["tokens_per_second"] * 1e3 / 1e9)
 
 
@@ -81,3 +98,107 @@ def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
     events.Reload()
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "validation_loss"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5)]
+
+
+def test_validation_says_the_loss_of_each_data_set_of_a_blend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with metrics(tmp_path, tensorboard=tmp_path / "events") as log:
+        log.validation(3, 2.0, {"web": 1.5, "books": 3.0})
+    assert rows(tmp_path) == [{"iteration": 3, "validation_loss": 2.0, "validation_loss_of": {"web": 1.5, "books": 3.0}}]
+    assert "validation after iteration 3 | loss 2.0000 | web 1.5000 | books 3.0000" in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("validation_loss_of/books")] == [3.0]
+
+
+def test_the_loss_of_each_data_set_adds_up_to_the_whole_and_is_the_same_in_every_layout(one: dict[str, Path], two: dict[str, Path]) -> None:
+    whole, shared = ([row for row in rows(folder["blend"]) if "validation_loss" in row] for folder in (one, two))
+    assert len(whole) == 3
+    for row, other in zip(whole, shared, strict=True):
+        parts = row["validation_loss_of"]
+        assert set(parts) == {"0 jargon_text_document", "1 jargon_text_document"}
+        low, high = sorted(parts.values())
+        assert low < row["validation_loss"] < high
+        share = (row["validation_loss"] - parts["1 jargon_text_document"]) / (
+            parts["0 jargon_text_document"] - parts["1 jargon_text_document"]
+        )
+        assert share * 16 == pytest.approx(round(share * 16), abs=1e-3), "16 sequences, a whole number of them of the first data set"
+        assert other["validation_loss_of"] == pytest.approx(parts, abs=1e-5)
+    assert "validation_loss_of" not in json.dumps(rows(one["reference"]))
+
+
+def samples(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_samples_are_written_at_intervals_and_are_the_same_in_every_layout(one: dict[str, Path], two: dict[str, Path]) -> None:
+    reference = samples(one["reference"])
+    prompts = ["A hacker is", "The bug that", "In"]
+    assert [(row["iteration"], row["prompt"]) for row in reference] == [(step, text) for step in (0, STOP, ITERATIONS) for text in prompts]
+    assert samples(one["again reference"])[-3:] == reference[-3:]
+    for name in TWO:
+        assert samples(two[name]) == reference, name
+
+
+@pytest.mark.slow
+def test_a_sample_is_what_transformers_would_write_greedily(one: dict[str, Path], tokenizer_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron_instruct.conversion.config import ConvertConfig
+    from megatron_instruct.conversion.run import run as convert
+    from megatron_instruct.tokenizer import load_tokenizer
+
+    convert(ConvertConfig(load=one["reference"], save=tmp_path / "hf", prove=False))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), load_tokenizer(tokenizer_folder)
+    for row in samples(one["reference"])[-3:]:
+        (ids,) = tokenizer.encode_batch([str(row["prompt"])])
+        written = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eod, pad_token_id=0)[0]
+        continued = [token for token in written[len(ids) :].tolist() if token != tokenizer.eod]
+        assert row["text"] == tokenizer.decode(continued)
+
+
+def test_prompts_that_are_missing_empty_or_too_long_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    from megatron_instruct.tokenizer import load_tokenizer
+    from megatron_instruct.training.samples import read_prompts
+
+    path, tokenizer = tmp_path / "prompts.txt", load_tokenizer(tokenizer_folder)
+    with pytest.raises(InputError, match="no such file"):
+        read_prompts(path, tokenizer, new_tokens=4, positions=64)
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(path, tokenizer, new_tokens=4, positions=64)
+    path.write_text("word " * 100)
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, and with sample_tokens=4 it is longer than the model's 64 positions"):
+        read_prompts(path, tokenizer, new_tokens=4, positions=64)
+
+
+def test_wandb_that_is_not_installed_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackageError, match=r"--wandb-project needs the package wandb; install it with: pip"):
+        Metrics(tmp_path, SIZE, start_iteration=0, tensorboard_dir=None, writes=True, watch=WatchOptions(wandb_project="test"))
+
+
+def test_wandb_offline_keeps_what_is_logged_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is an optional package: pip install wandb")
+    watch = WatchOptions(wandb_project="test", wandb_mode="offline")
+    for start in (0, 2):  # a resumed run is the same one
+        with Metrics(tmp_path, SIZE, start_iteration=start, tensorboard_dir=None, writes=True, watch=watch, settings={"lr": 0.1}) as log:
+            log.training(start + 1, loss=1.5, lr=0.1, grad_norm=2.0)
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert list(folders[0].glob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_interval": 5}, "go together"),
+        ({"sample_prompts": Path("p"), "sample_interval": 0}, "sample_interval=0 must be at least 1"),
+        ({"wandb_mode": "offline"}, "need wandb_project"),
+    ],
+)
+def test_settings_of_watching_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WatchOptions(**settings)  # type: ignore[arg-type]

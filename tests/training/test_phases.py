@@ -1,5 +1,7 @@
 """Phases: when they begin and end, their learning rates, what may change on the way; and runs that are fed in phases."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from megatron_instruct.config import parse
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.phases import own_rate, parse_phases, phase_of, place_phases, set_rate, with_free_phases
+
+from .conftest import ITERATIONS, assert_same_end, in_phases, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCH = ["--train-iters", "100", "--global-batch-size", "8", "--lr", "1e-3"]
@@ -88,3 +92,47 @@ def test_a_phase_that_has_begun_cannot_be_changed_and_one_that_has_not_can() -> 
 def test_every_step_has_one_phase() -> None:
     phases = place_phases(parse_phases(["{until: 3, data_path: a}", "{data_path: a}"]), train_iters=5, decay_start=None)
     assert [phase.number for step in range(1, 6) if (phase := phase_of(phases, step))] == [1, 1, 1, 2, 2]
+
+
+def test_a_run_stopped_inside_a_phase_goes_on_bit_for_bit(one: dict[str, Path]) -> None:
+    assert_same_end(one["again phases"], one["phases"])
+
+
+def test_a_phase_that_has_not_begun_can_be_changed_at_a_resume(one: dict[str, Path]) -> None:
+    before, after = read_metrics(one["phases"]).training, read_metrics(one["phases with another end"]).training
+    assert before[:14] == after[:14]
+    assert [row[1] for row in before[14:]] != [row[1] for row in after[14:]]
+
+
+def test_the_learning_rate_is_the_phase_s_own_while_it_lasts(one: dict[str, Path]) -> None:
+    rates = {row[0]: row[2] for row in read_metrics(one["phases"]).training}
+    usual = {row[0]: row[2] for row in read_metrics(one["reference"]).training}
+    assert [rates[step] for step in range(8, 15)] == pytest.approx([5e-4 * (1 - done / 7) for done in range(7)])
+    assert all(rates[step] == usual[step] for step in (*range(1, 8), *range(15, ITERATIONS + 1)))
+
+
+def test_a_phase_that_has_begun_cannot_be_changed_at_a_resume(
+    one: dict[str, Path], flags: Callable[..., list[str]], data: Path, tmp_path: Path
+) -> None:
+    from megatron_instruct.training.run import run
+
+    folder = tmp_path / "stopped"
+    shutil.copytree(one["phases"], folder)
+    (folder / "manifest.json").unlink()
+    (folder / "latest_checkpointed_iteration.txt").write_text("10\n")
+    words = [word.replace("until: 70%", "until: 13") for word in flags(folder, *in_phases(data))]
+    config = parse(PretrainConfig, words, prog="pretrain.py")
+    assert config is not None
+    with pytest.raises(ConfigError, match=r"has done 10 steps, and phase 2, which has begun, is changed: end was 14 and is 13; restore it"):
+        run(config)
+
+
+def test_a_step_names_its_phase_and_its_documents(one: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_instruct.training.trace import TraceConfig
+    from megatron_instruct.training.trace import run as trace
+
+    trace(TraceConfig(save=one["phases"], iterations=(7, 8, 20)))
+    printed = capsys.readouterr().out
+    assert "step 7 (phase 1, steps 1 to 7), sample 0:" in printed
+    assert "step 8 (phase 2, steps 8 to 14), sample 7:" in printed
+    assert "step 20 (phase 3, steps 15 to 20), sample 0:" in printed
