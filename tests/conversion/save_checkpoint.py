@@ -1,4 +1,4 @@
-"""Save a checkpoint as a trainer does, from the processes that torchrun starts: FOLDER TOKENIZER TENSOR PIPELINE ARCHITECTURE(JSON)."""
+"""Save a checkpoint as a trainer does, from the processes that torchrun starts: FOLDER TOKENIZER LAYOUT(JSON) ARCHITECTURE(JSON)."""
 
 import json
 import sys
@@ -19,10 +19,10 @@ from megatron_instruct.tokenizer import copy_tokenizer, load_tokenizer
 
 
 def main() -> None:
-    folder, tokenizer, tensor, pipeline = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    architecture = Architecture.from_json(json.loads(sys.argv[5]))
+    folder, tokenizer, sizes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    architecture = Architecture.from_json(json.loads(sys.argv[4]))
     machine = device.initialize()
-    layout = ParallelLayout(world_size=torch.distributed.get_world_size(), tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
+    layout = ParallelLayout(world_size=torch.distributed.get_world_size(), **sizes)
     join_model_parallel_groups(layout, seed=1234)
     chunks = build_model(architecture, layout, machine, BuildOptions())
     path = iteration_folder(folder, 12)

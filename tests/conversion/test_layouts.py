@@ -18,14 +18,28 @@ from megatron_instruct.models.architecture import Architecture
 SCRIPT = Path(__file__).with_name("save_checkpoint.py")
 
 
+SPLIT_BOTH_WAYS = {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
+
+
 @pytest.mark.parametrize(
-    "family", ["qwen2", pytest.param("mixtral", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)]
+    ("family", "processes", "layout"),
+    [
+        ("qwen2", 4, SPLIT_BOTH_WAYS),
+        pytest.param("mixtral", 4, SPLIT_BOTH_WAYS, marks=pytest.mark.slow),
+        pytest.param("qwen3", 4, SPLIT_BOTH_WAYS, marks=pytest.mark.slow),
+        pytest.param("mixtral", 2, {"expert": 2}, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of megatron-core 0.19.2, built here itself
-def test_two_tensor_and_two_pipeline_ranks_export_as_one_process_does(
-    family: Any, torchrun: Callable[..., subprocess.CompletedProcess[str]], tokenizer_folder: Path, tmp_path: Path
+def test_what_several_ranks_save_is_exported_as_one_process_exports_it(
+    family: Any,
+    processes: int,
+    layout: dict[str, Any],
+    torchrun: Callable[..., subprocess.CompletedProcess[str]],
+    tokenizer_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    """600 rows of vocabulary are padded to 768 by two tensor ranks, which the export does not show."""
+    """600 rows of vocabulary are padded to 640, or to 768 by two tensor ranks, which the export does not show."""
     architecture = Architecture(
         family=family,
         num_layers=2,
@@ -39,10 +53,10 @@ def test_two_tensor_and_two_pipeline_ranks_export_as_one_process_does(
         init_method_std=0.1,
         **({"num_experts": 4, "experts_per_token": 2} if family == "mixtral" else {}),
     )
-    four = tmp_path / "four"
-    done = torchrun(4, SCRIPT, four, tokenizer_folder, 2, 2, json.dumps(architecture.to_json()))
+    saved = tmp_path / "saved"
+    done = torchrun(processes, SCRIPT, saved, tokenizer_folder, json.dumps(layout), json.dumps(architecture.to_json()))
     assert done.returncode == 0, done.stderr
-    manifest = run(ConvertConfig(load=four, save=tmp_path / "export"))
+    manifest = run(ConvertConfig(load=saved, save=tmp_path / "export"))
     assert manifest.facts["proof"]["proved"]
     assert manifest.facts["iteration"] == 12
     exported = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
