@@ -68,15 +68,7 @@ def preprocess(corpus: Path, prefix: Path, tokenizer: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts that every tiny run goes on with at its beginning, in the middle and at its end."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("A hacker is\nThe bug that\n\nIn\n")
-    return path
-
-
-@pytest.fixture(scope="session")
-def flags(data: Path, tokenizer_folder: Path, prompts: Path) -> Callable[..., list[str]]:
+def flags(data: Path, tokenizer_folder: Path) -> Callable[..., list[str]]:
     """The command line of a tiny run of 20 steps; what is given comes last and wins.
 
     At seq_length 32 one batch (step 10) is ill-conditioned: rounding alone, even another micro batch on one process, moves its
@@ -89,7 +81,6 @@ def flags(data: Path, tokenizer_folder: Path, prompts: Path) -> Callable[..., li
             *("--seq-length", 64, "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", ITERATIONS),
             *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-warmup-iters", 2, "--save", save, "--save-interval", STOP),
             *("--eval-interval", 10, "--eval-iters", 2),
-            *("--sample-prompts", prompts, "--sample-interval", STOP, "--sample-tokens", 4),
         ]
         return list(map(str, [*words, *more]))
 

@@ -10,7 +10,7 @@ from megatron_instruct.errors import ConfigError, InputError, MissingPackageErro
 from megatron_instruct.training.metrics import Metrics, RunSize
 from megatron_instruct.training.settings.watching import WatchOptions
 
-from .conftest import ITERATIONS, STOP, TWO
+from .conftest import CONTEXT, INTERLEAVED, SEQUENCE, Runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = RunSize(train_iters=10, tokens_per_iteration=100, flops_per_token=1e3, peak_flops=1e9, devices=4, peak_memory=lambda: 3 << 29)
@@ -132,17 +132,27 @@ def samples(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_samples_are_written_at_intervals_and_are_the_same_in_every_layout(one: dict[str, Path], two: dict[str, Path]) -> None:
-    reference = samples(one["reference"])
-    prompts = ["A hacker is", "The bug that", "In"]
-    assert [(row["iteration"], row["prompt"]) for row in reference] == [(step, text) for step in (0, STOP, ITERATIONS) for text in prompts]
-    assert samples(one["again reference"])[-3:] == reference[-3:]
-    for name in TWO:
-        assert samples(two[name]) == reference, name
+@pytest.fixture(scope="module")
+def sampled(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs whose model goes on with prompts at the beginning, after two steps and at the end, in several layouts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("A hacker is\nThe bug that\n\nIn\n")
+    more = ("--sample-prompts", path, "--sample-interval", 2, "--sample-tokens", 4, "--train-iters", 4, "--lr-warmup-iters", 1)
+    layouts = {"sequence parallel": SEQUENCE, "interleaved": INTERLEAVED, "context": CONTEXT, "data": ()}
+    return runs(1, {"one": more}, {}) | runs(2, {name: (*layout, *more) for name, layout in layouts.items()}, {})
 
 
 @pytest.mark.slow
-def test_a_sample_is_what_transformers_would_write_greedily(one: dict[str, Path], tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_samples_are_written_at_intervals_and_are_the_same_in_every_layout(sampled: dict[str, Path]) -> None:
+    reference = samples(sampled["one"])
+    prompts = ["A hacker is", "The bug that", "In"]
+    assert [(row["iteration"], row["prompt"]) for row in reference] == [(step, text) for step in (0, 2, 4) for text in prompts]
+    for name, folder in sampled.items():
+        assert samples(folder) == reference, name
+
+
+@pytest.mark.slow
+def test_a_sample_is_what_transformers_would_write_greedily(sampled: dict[str, Path], tokenizer_folder: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -150,9 +160,9 @@ def test_a_sample_is_what_transformers_would_write_greedily(one: dict[str, Path]
     from megatron_instruct.conversion.run import run as convert
     from megatron_instruct.tokenizer import load_tokenizer
 
-    convert(ConvertConfig(load=one["reference"], save=tmp_path / "hf", prove=False))
+    convert(ConvertConfig(load=sampled["one"], save=tmp_path / "hf", prove=False))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), load_tokenizer(tokenizer_folder)
-    for row in samples(one["reference"])[-3:]:
+    for row in samples(sampled["one"])[-3:]:
         (ids,) = tokenizer.encode_batch([str(row["prompt"])])
         written = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eod, pad_token_id=0)[0]
         continued = [token for token in written[len(ids) :].tolist() if token != tokenizer.eod]
