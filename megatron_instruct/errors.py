@@ -5,8 +5,8 @@
     ├── InputError              a file or folder is missing, broken, empty or not what it claims (exit status 3)
     ├── MissingPackageError     an optional package is not installed                             (exit status 4)
     ├── EngineError             an inference engine failed or died                               (exit status 5)
-    └── TrainingError           a training run cannot go on                                      (exit status 6)
-        └── LostProcessError    a process of the run is gone; the same command goes on           (exit status 7)
+    ├── TrainingError           a training run cannot go on                                      (exit status 6)
+    └── LostProcessError        a process of a training run is gone; the same command goes on    (exit status 7)
 
 Messages name the field or file, the value, the rule and the remedy. An `assert` marks a mistake of ours, never of the user's.
 """
@@ -55,7 +55,7 @@ class TrainingError(MegatronInstructError):
     exit_status = 6
 
 
-class LostProcessError(TrainingError):
+class LostProcessError(MegatronInstructError):
     """A process of a training run is gone or silent; the same command goes on."""
 
     exit_status = 7
