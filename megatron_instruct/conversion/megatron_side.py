@@ -151,8 +151,8 @@ def build(architecture: Architecture, machine: Machine, parameter: Callable[[str
     for path, module in model.named_modules():
         own = {f"{path}.{name}": value for name, value in module.named_parameters(recurse=False)}
         if path.startswith("decoder.layers.") and own:
-            module.register_forward_pre_hook(lambda _module, _given, own=own: _take(own, parameter))  # type: ignore[misc]
-            module.register_forward_hook(lambda _module, _given, _made, own=own: _give_back(own))  # type: ignore[misc]
+            module.register_forward_pre_hook(lambda _module, _given, own=own: _take(own, parameter))
+            module.register_forward_hook(lambda _module, _given, _made, own=own: _give_back(own))
             _give_back(own)
             continue
         for name, target in own.items():

@@ -14,33 +14,13 @@ from megatron_instruct.tokenizer import load_tokenizer
 from tests.conversion.conftest import FAMILIES, MISTRAL, WriteModel
 
 VLLM = """
-import gc, json, sys
-from pathlib import Path
+import sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    greedy, found = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), {}
-    for folder in sys.argv[1:]:
-        model = LLM(model=folder, max_model_len=256, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3)
-        (output,) = model.generate(["A hacker's bug"], greedy, use_tqdm=False)
-        found[Path(folder).name] = list(output.outputs[0].token_ids)
-        del model
-        gc.collect()
-    print("TOKENS", json.dumps(found))
-"""
-GREEDY = """
-import json, sys, torch, transformers
-from pathlib import Path
-
-found = {}
-for folder in sys.argv[1:]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    ids = tokenizer("A hacker's bug", return_tensors="pt")["input_ids"]
-    for _ in range(8):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    found[Path(folder).name] = ids[0, -8:].tolist()
-print(json.dumps(found))
+    model = LLM(model=sys.argv[1], max_model_len=256, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3)
+    (output,) = model.generate(["A hacker's bug"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    print("TOKENS", len(output.outputs[0].token_ids))
 """
 LM_EVAL = """
 import json, sys
@@ -108,23 +88,20 @@ def test_exported_folders_of_every_family_load_in_lm_eval_as_they_are(write_mode
 
 
 @pytest.mark.slow
-def test_exported_folders_of_every_family_load_in_vllm_and_continue_as_in_transformers(write_model: WriteModel, tmp_path: Path) -> None:
-    """Slow: each engine takes half a minute to start."""
-    for family, config in FAMILIES.items():
-        changed = {**config, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM's smallest head on the CPU
-        run(ConvertConfig(load=write_model(changed, name=f"{family}-source"), save=tmp_path / f"{family}-megatron", prove=False))
-        run(ConvertConfig(load=tmp_path / f"{family}-megatron", save=tmp_path / family))
-    folders = [str(tmp_path / family) for family in FAMILIES]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", GREEDY, *folders], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    wanted = json.loads(done.stdout.splitlines()[-1])
-    assert list(wanted) == list(FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_loads_in_vllm_as_it_is(family: str, write_model: WriteModel, tmp_path: Path) -> None:
+    """Slow: the engine alone takes about a minute to start."""
+    config = {**FAMILIES[family], "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    run(ConvertConfig(load=write_model(config), save=tmp_path / "megatron", prove=False))
+    run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "back"))
     script = tmp_path / "generate.py"
     script.write_text(VLLM)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), *folders], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        [sys.executable, str(script), str(tmp_path / "back")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert json.loads(line.removeprefix("TOKENS ")) == wanted
+    assert "TOKENS 8" in done.stdout, done.stderr[-3000:]
