@@ -42,6 +42,12 @@ class BuildOptions:
     """What the parameters hold: initial values, whatever memory held, or nothing (torch's meta device: shapes that take no memory)."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations that the backward pass computes again instead of keeping them."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With full recomputation: all layers in groups, or the first ones of each stage or chunk."""
+    recompute_num_layers: int = 1
+    """Layers of a group, or how many are recomputed."""
+    experts: Mapping[str, Any] | None = None
+    """Fields of megatron-core's TransformerConfig about experts that differ from the family's."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times the tensor ranks."""
     transformer_config: Mapping[str, Any] | None = None
@@ -61,6 +67,8 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor_of_experts,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -124,6 +132,8 @@ def make_transformer_config(
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
         "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.tensor_of_experts,
         "num_layers_in_last_pipeline_stage": layout.layers_in_last_stage,
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": dtype,
@@ -136,12 +146,13 @@ def make_transformer_config(
         "deallocate_pipeline_outputs": True,
         **(_CUDA_SETTINGS if machine.is_cuda else _CPU_SETTINGS),
     }
-    settings |= _window_settings(architecture) | _expert_settings(architecture, machine)
+    settings |= _window_settings(architecture) | _expert_settings(architecture, machine, options.experts or {})
     if layout.virtual_pipeline is not None:
         # On gloo, batched point-to-point calls of the interleaved schedule pair up wrongly without an error (megatron-core 0.19.2).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if options.recompute == "full":
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        how = {"recompute_method": options.recompute_method, "recompute_num_layers": options.recompute_num_layers}
+        settings |= {"recompute_granularity": "full", **how}
     elif options.recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
     settings |= _checked_extra(options.transformer_config or {}, settings)
@@ -176,9 +187,11 @@ def _window_settings(architecture: Architecture) -> dict[str, Any]:
     return {"window_size": (architecture.sliding_window - 1, 0), "window_attn_skip_freq": has_window}
 
 
-def _expert_settings(architecture: Architecture, machine: Machine) -> dict[str, Any]:
-    """Softmax over the chosen experts' scores, no token dropped, the load-balancing loss of each sequence of experts added in training."""
+def _expert_settings(architecture: Architecture, machine: Machine, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Softmax over the chosen experts' scores, no token dropped, the load-balancing loss of each microbatch added in training."""
     if not architecture.parts.experts:
+        if given:
+            raise ConfigError(f"{', '.join(given)}: the family {architecture.family} has no experts; drop what is about them.")
         return {}
     return {
         "num_moe_experts": architecture.num_experts,
@@ -190,7 +203,8 @@ def _expert_settings(architecture: Architecture, machine: Machine) -> dict[str, 
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": architecture.router_aux_loss_coef or 0.0,
         "moe_grouped_gemm": machine.is_cuda,
-        "moe_token_dispatcher_type": "alltoall" if machine.is_cuda else "allgather",
+        "moe_token_dispatcher_type": "alltoall",
+        **given,
     }
 
 

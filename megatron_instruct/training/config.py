@@ -8,6 +8,7 @@ from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.checkpoint import CheckpointOptions
 from megatron_instruct.training.settings.data import DataOptions
 from megatron_instruct.training.settings.dry_run import DryRunOptions
+from megatron_instruct.training.settings.experts import ExpertOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import Fp8Options
@@ -20,6 +21,7 @@ class PretrainConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
     fp8: Fp8Options = field(default_factory=Fp8Options)
     batch: BatchOptions
     data: DataOptions
@@ -30,6 +32,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.fp8.fp8_format is not None and not self.parallel.bf16:
             raise ConfigError(f"fp8_format={self.fp8.fp8_format} needs bf16=True, for all that is not computed in 8 bits; set it.")
+        if self.batch.rampup_batch_size is not None and self.data.phases:
+            raise ConfigError("rampup_batch_size does not go with phases, which end at steps of one size; drop either.")
         assert self.phases or not self.data.phases, "phases are checked before anything else starts"
 
     @property

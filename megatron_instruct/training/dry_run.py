@@ -63,13 +63,20 @@ def _batch_lines(config: PretrainConfig, plan: BatchPlan) -> list[str]:
     return [
         f"Batch: {plan.global_batch_size:,} sequences of {config.batch.seq_length:,} = {tokens:,} tokens a step, "
         f"{plan.num_microbatches:,} microbatches of {plan.micro_batch_size} on each replica",
-        f"  {plan.train_iters:,} steps = {plan.train_iters * tokens / 1e9:,.2f} billion tokens",
+        f"  {plan.train_iters:,} steps = {plan.samples_before(plan.train_iters) * config.batch.seq_length / 1e9:,.2f} billion tokens"
+        + ("" if plan.ramp is None else f"; the batch grows from {plan.ramp.start:,} sequences over the first {plan.ramp.samples:,}"),
     ]
 
 
 def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[str]:
     sizes = f"tensor {layout.tensor} x context {layout.context} x pipeline {layout.pipeline} x data {layout.data}"
     lines = [f"Layout: {layout.world_size:,} processes = {sizes}"]
+    if architecture.num_experts is not None:
+        each = architecture.num_experts // layout.expert
+        lines.append(
+            f"  experts: {each} of {architecture.num_experts} on a rank, over {layout.expert} ranks x tensor {layout.tensor_of_experts} "
+            f"x pipeline {layout.pipeline} x data {layout.data_of_experts}"
+        )
     ranks_of_stage = layout.world_size // layout.pipeline
     first_layer = 0
     for stage in range(layout.pipeline):
@@ -82,6 +89,7 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
         first, last = stage * ranks_of_stage, (stage + 1) * ranks_of_stage - 1
         parts = [held, *(["embedding"] if stage == 0 else []), *(["output layer"] if stage == layout.pipeline - 1 else [])]
         groups = f"tensor groups {first}-{first + layout.tensor - 1}, …" if layout.tensor > 1 else "one replica each"
+        parts.append(f"{layout.parameters_of_rank(architecture, stage) / 1e6:,.1f} million parameters a rank")
         lines.append(f"  stage {stage}: {', '.join(parts)}; ranks {first} to {last}, {groups}")
     return lines
 
@@ -93,6 +101,7 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
     check_precision(gpu, precision)
     execution = Execution(
         layout=layout,
+        expert=layout.expert,
         seq_length=config.batch.seq_length,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,

@@ -13,12 +13,14 @@ from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.models.z_loss import add_z_loss
 from megatron_instruct.platform.device import Machine, compute_capability
 from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training import checkpoint
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
+from megatron_instruct.training.expert_losses import mean_expert_losses
 from megatron_instruct.training.fp8 import check_fp8, fp8_fields
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
@@ -75,12 +77,17 @@ def build_run(
         dtype="bf16" if config.parallel.bf16 else "fp32",
         seed=config.batch.seed,
         recompute=config.parallel.recompute_granularity,
+        recompute_method=config.parallel.recompute_method or "uniform",
+        recompute_num_layers=config.parallel.recompute_num_layers or 1,
+        experts=config.experts.megatron_fields,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
     )
     models = build_model(start.architecture, layout, machine, options)
     if start.path is not None and not start.resumes:
         load_weights(start.path, models)
+    for model in models if config.batch.z_loss_coeff else ():
+        add_z_loss(model, config.batch.z_loss_coeff)
     chunks = wrap_data_parallel(models, config.parallel)
     optimizer = make_optimizer(chunks, config.parallel, config.batch, machine)
     if start.path is not None and start.resumes:
@@ -124,18 +131,25 @@ def loop(run: Run, metrics: Metrics) -> None:
         _sample(run, metrics, 0)
     metrics.restart_clock(run.start_iteration)
     losses: list[float] = []
+    microbatches = 0
     phases = run.config.phases
     for iteration in range(run.start_iteration + 1, plan.train_iters + 1):
         last = iteration == plan.train_iters
         set_rate(run.optimizer.param_groups, own_rate(phases, iteration), highest=run.config.batch.lr)
         lr = run.optimizer.param_groups[0]["lr"]
+        shape = _shape(run, plan.num_microbatches_of(iteration))
+        microbatches += shape.num_microbatches
         result = train_step(run.chunks, run.optimizer, data, shape)
         run.scheduler.step(increment=plan.global_batch_size)
         losses.append(result.loss)
         saves = last or (options.save_interval is not None and iteration % options.save_interval == 0)
         if saves or iteration % options.log_interval == 0:  # at a save too: a resumed run then logs the same means
-            metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm)
+            more: dict[str, float] = {} if plan.ramp is None else {"batch_size": plan.batch_size(iteration)}
+            if run.architecture.num_experts is not None:
+                more |= mean_expert_losses(layers=run.architecture.num_layers, microbatches=microbatches)
+            metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm, more=more)
             losses.clear()
+            microbatches = 0
         if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
             _validate(run, metrics, iteration)
         if last or (run.config.watch.sample_interval and iteration % run.config.watch.sample_interval == 0):

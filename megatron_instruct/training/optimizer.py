@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -38,7 +45,10 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> 
 
 
 def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelOptions, batch: BatchOptions, machine: Machine) -> Any:
-    """Return AdamW as megatron-core builds it: sharded over data-parallel ranks where asked, with fp32 master weights under bf16."""
+    """Return AdamW as megatron-core builds it: sharded over data-parallel ranks where asked, with fp32 master weights under bf16.
+
+    It is the fused one of Transformer Engine or apex on CUDA, torch's one-pass kernel on CPU.
+    """
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -56,6 +66,7 @@ def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelO
             overlap_param_gather=options.overlap_param_gather,
         ),
         list(chunks),
+        config_overrides=_weight_decay(batch) if batch.no_weight_decay_on_embeddings else None,
     )
     get_config = chunks[0].config
     get_config.grad_scale_func = optimizer.scale_loss
@@ -64,6 +75,13 @@ def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelO
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False  # torch's one-pass CPU kernel; megatron-core builds the plain one
     return optimizer
+
+
+def _weight_decay(batch: BatchOptions) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's own exemptions of biases and of what has one dimension, and embedding and output layer."""
+    exempt = ParamGroupOverride(wd_mult=0.0)
+    standard = get_standard_config_overrides(OptimizerConfig(optimizer="adam", lr=batch.lr))
+    return {**standard, ParamKey(attr="is_embedding_or_output_parameter"): exempt}
 
 
 def make_scheduler(optimizer: MegatronOptimizer, batch: BatchOptions) -> OptimizerParamScheduler:

@@ -118,6 +118,7 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     size = RunSize(
         train_iters=plan.train_iters,
         tokens_per_iteration=plan.global_batch_size * config.batch.seq_length,
+        tokens_before=None if plan.ramp is None else lambda iterations: plan.samples_before(iterations) * config.batch.seq_length,
         flops_per_token=start.architecture.flops_per_token(config.batch.seq_length),
         peak_flops=None if peak is None else peak * layout.world_size,
         devices=layout.world_size,
@@ -126,10 +127,11 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     if first:
         _keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer")
         origin = "from scratch" if start.path is None else f"{'resumes' if start.resumes else 'weights'} from {start.path}"
+        experts = f"experts over {layout.expert} x tensor {layout.tensor_of_experts}; " if start.architecture.num_experts else ""
         print(
             f"{start.architecture.num_parameters / 1e6:,.1f}M parameters, {origin}, iteration {start.iteration} of {plan.train_iters}\n"
             f"{layout.world_size} x {machine.kind}: tensor {layout.tensor}, context {layout.context}, pipeline {layout.pipeline}, "
-            f"data {layout.data}; "
+            f"data {layout.data}; {experts}"
             f"{plan.num_microbatches} microbatches of {plan.micro_batch_size} x {config.batch.seq_length} tokens",
             flush=True,
         )

@@ -125,7 +125,9 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         "eod_mask_loss": config.data.eod_mask_loss,
         "reset_attention_mask": config.data.reset_attention_mask,
         "role_weights": dict(config.data.role_weights),
-        **{name: getattr(batch, name) for name in _RESULT_SETTINGS},
+        **{name: getattr(batch, name) for name in _RESULT_SETTINGS if name not in batch.of_optional_parts},
+        **batch.of_optional_parts,
+        "experts": config.experts.of_result or None,
         "dtype": "bf16" if config.parallel.bf16 else "fp32",
         "fp8": fp8_fields(config.fp8),
         # not a matter of the result, but megatron-core 0.19.2 reads no optimizer state that the other kind of optimizer wrote

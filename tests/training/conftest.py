@@ -122,40 +122,43 @@ WITHIN = ("--reset-attention-mask",)
 FIRST_STEP_IDLE = ("--train-iters", 1, "--lr-warmup-iters", 1, "--lr-decay-iters", 20)
 """One step at a learning rate of zero: the checkpoint holds the initial weights."""
 
-ONE: dict[str, tuple[object, ...]] = {
-    "reference": (),
-    "micro batch 4": ("--micro-batch-size", 4),
-    "recompute all": ("--recompute-granularity", "full"),
-    "initial": FIRST_STEP_IDLE,
-    "bf16": ("--bf16", "--train-iters", 3, "--lr-decay-iters", 20),
-    "logged every 4": ("--log-interval", 4),
-    "within documents": WITHIN,
-}
+GROWING = ("--rampup-batch-size", 4, 2, 30, "--micro-batch-size", 1)
+
+ONE: dict[str, tuple[object, ...]] = {"reference": (), "initial": FIRST_STEP_IDLE}
 TWO: dict[str, tuple[object, ...]] = {
     "tensor": TENSOR,
     "pipeline": PIPELINE,
     "data": (),
     "distributed optimizer": SHARDED,
+}
+TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
+    "again distributed optimizer": ("distributed optimizer", SHARDED),
+    "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
+}
+
+# what takes longer, marked slow
+ONE_MORE: dict[str, tuple[object, ...]] = {
+    "micro batch 4": ("--micro-batch-size", 4),
+    "recompute all": ("--recompute-granularity", "full"),
+    "recompute the first": ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", 2),
+    "recompute attention": ("--recompute-granularity", "selective"),
+    "bf16": ("--bf16", "--train-iters", 3, "--lr-decay-iters", 20),
+    "logged every 4": ("--log-interval", 4),
+    "growing batch": GROWING,
+    "within documents": WITHIN,
+}
+MORE: dict[str, tuple[object, ...]] = {
     "overlapped": OVERLAPPED,
     "interleaved": INTERLEAVED,
     "sequence parallel": SEQUENCE,
     "context": CONTEXT,
-}
-TWO_WITHIN: dict[str, tuple[object, ...]] = {"tensor within documents": (*SEQUENCE, *WITHIN)}
-TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
-    "again pipeline": ("pipeline", PIPELINE),
-    "again distributed optimizer": ("distributed optimizer", SHARDED),
-    "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
-    "interleaved to data": ("interleaved", ()),
-}
-
-# what takes longer, marked slow
-MORE: dict[str, tuple[object, ...]] = {
     "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
     "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
     "data micro batch 1": ("--micro-batch-size", 1),
 }
+MORE_GROWING: dict[str, tuple[object, ...]] = {"pipeline growing": (*PIPELINE, *GROWING), "data growing": (*SHARDED, *GROWING)}
 MORE_WITHIN: dict[str, tuple[object, ...]] = {
+    "tensor within documents": (*SEQUENCE, *WITHIN),
     "pipeline within documents": (*PIPELINE, "--recompute-granularity", "full", *WITHIN),
 }
 MORE_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -163,6 +166,7 @@ MORE_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again interleaved": ("interleaved", INTERLEAVED),
     "again context": ("context", CONTEXT),
     "again sequence parallel": ("sequence parallel", SEQUENCE),
+    "again data growing": ("data growing", MORE_GROWING["data growing"]),
 }
 
 
@@ -187,7 +191,6 @@ def one(runs: Runs, blend: tuple[object, ...], data: Path) -> dict[str, Path]:
         {**ONE, "blend": blend, "phases": in_phases(data)},
         {
             "again reference": ("reference", ()),
-            "again logged every 4": ("logged every 4", ONE["logged every 4"]),
             "again phases": ("phases", in_phases(data)),
             "phases with another end": ("phases", in_phases(data, last="{0}")),
         },
@@ -195,17 +198,26 @@ def one(runs: Runs, blend: tuple[object, ...], data: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def two(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[str, Path]:
-    """Runs of two processes."""
-    elsewhere = {"one to tensor": (one["reference"], TENSOR)}
-    return runs(2, {**TWO, **TWO_WITHIN, "blend": (*TENSOR, *blend)}, {**TWO_RESUMED, **elsewhere})
+def one_more(runs: Runs) -> dict[str, Path]:
+    """Further runs of one process."""
+    return runs(1, ONE_MORE, {"again logged every 4": ("logged every 4", ONE_MORE["logged every 4"])})
 
 
 @pytest.fixture(scope="session")
-def more(runs: Runs, one: dict[str, Path], two: dict[str, Path]) -> dict[str, Path]:
+def two(runs: Runs) -> dict[str, Path]:
+    """Runs of two processes."""
+    return runs(2, TWO, TWO_RESUMED)
+
+
+@pytest.fixture(scope="session")
+def more(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[str, Path]:
     """Further runs of two processes."""
-    resumed = {name: (two[source], layout) for name, (source, layout) in MORE_RESUMED.items()}
-    return runs(2, {**MORE, **MORE_WITHIN}, {**resumed, "one to interleaved": (one["reference"], INTERLEAVED)})
+    elsewhere = {
+        "interleaved to data": ("interleaved", ()),
+        "one to interleaved": (one["reference"], INTERLEAVED),
+        "one to tensor": (one["reference"], TENSOR),
+    }
+    return runs(2, {**MORE, **MORE_GROWING, **MORE_WITHIN, "blend": (*TENSOR, *blend)}, {**MORE_RESUMED, **elsewhere})
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,19 @@ from megatron_instruct.models.architecture import Architecture
 from .conftest import (
     CONTEXT,
     FIRST_STEP_IDLE,
+    INTERLEAVED,
     ITERATIONS,
     MORE,
+    MORE_GROWING,
     MORE_RESUMED,
     MORE_WITHIN,
+    OVERLAPPED,
     PIPELINE,
     SEQUENCE,
     SHARDED,
     TENSOR,
     TWO,
     TWO_RESUMED,
-    TWO_WITHIN,
     Runs,
     assert_same_end,
     read_metrics,
@@ -31,10 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FOUR = {
     "tensor pipeline": (*TENSOR, *PIPELINE),
-    "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
     "initial four": (*TENSOR, *PIPELINE, *FIRST_STEP_IDLE),
 }
 FOUR_MORE = {
+    "pipeline distributed optimizer": (*PIPELINE, *SHARDED),
+    "tensor overlapped": (*SEQUENCE, *OVERLAPPED),
+    "interleaved distributed optimizer": (*INTERLEAVED, *SHARDED),
     "tensor distributed optimizer": (*TENSOR, *SHARDED),
     "tensor context": (*SEQUENCE, *CONTEXT),
     "pipeline context distributed optimizer": (*PIPELINE, *CONTEXT, *SHARDED),
@@ -42,8 +46,8 @@ FOUR_MORE = {
 
 
 @pytest.fixture(scope="module")
-def four(runs: Runs, one: dict[str, Path], two: dict[str, Path]) -> dict[str, Path]:
-    return runs(4, FOUR, {"two to four": (two["distributed optimizer"], (*TENSOR, *PIPELINE, *SHARDED))})
+def four(runs: Runs) -> dict[str, Path]:
+    return runs(4, FOUR, {})
 
 
 def assert_equal_runs(folder: Path, reference: Path, *, tolerance: float) -> None:
@@ -61,9 +65,20 @@ def test_the_reference_learns(one: dict[str, Path]) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("name", ["micro batch 4", "recompute all"])
-def test_one_process_cut_otherwise_equals_the_reference(name: str, one: dict[str, Path]) -> None:
-    assert_equal_runs(one[name], one["reference"], tolerance=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro batch 4", "recompute all", "recompute the first", "recompute attention"])
+def test_one_process_cut_otherwise_equals_the_reference(name: str, one: dict[str, Path], one_more: dict[str, Path]) -> None:
+    assert_equal_runs(one_more[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_GROWING)
+def test_a_batch_that_grows_is_the_same_in_two_processes(name: str, one_more: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more[name], one_more["growing batch"], tolerance=1e-5)
+    lines = [json.loads(line) for line in (more[name] / "metrics.jsonl").read_text().splitlines()]
+    sizes = [(line["batch_size"], line["tokens"]) for line in lines if "loss" in line]
+    assert [size for size, _ in sizes] == [4, 4, 4, 4, 6, 6, 6] + [8] * 13
+    assert sizes[-1][1] == 64 * (4 * 4 + 3 * 6 + 13 * 8)
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -83,8 +98,11 @@ def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[st
 
 
 @pytest.mark.slow
-def test_four_processes_laid_out_in_rarer_ways_equal_one(runs: Runs, one: dict[str, Path]) -> None:
-    for folder in runs(4, FOUR_MORE, {}).values():
+def test_four_processes_laid_out_in_rarer_ways_equal_one_and_a_run_of_two_goes_on_in_four(
+    runs: Runs, one: dict[str, Path], two: dict[str, Path]
+) -> None:
+    resumed = {"two to four": (two["distributed optimizer"], (*TENSOR, *PIPELINE, *SHARDED))}
+    for folder in runs(4, FOUR_MORE, resumed).values():
         assert_equal_runs(folder, one["reference"], tolerance=1e-5)
 
 
@@ -92,32 +110,30 @@ def test_resumed_in_one_process_equals_the_undisturbed_run_exactly(one: dict[str
     assert_same_end(one["again reference"], one["reference"])
 
 
-def test_means_over_a_log_interval_survive_a_resume_between_two_lines(one: dict[str, Path]) -> None:
-    assert [row[0] for row in read_metrics(one["logged every 4"]).training] == [4, 8, 10, 12, 16, 20]
-    assert_same_end(one["again logged every 4"], one["logged every 4"])
+@pytest.mark.slow
+def test_means_over_a_log_interval_survive_a_resume_between_two_lines(one_more: dict[str, Path]) -> None:
+    assert [row[0] for row in read_metrics(one_more["logged every 4"]).training] == [4, 8, 10, 12, 16, 20]
+    assert_same_end(one_more["again logged every 4"], one_more["logged every 4"])
 
 
-def test_a_blend_is_the_same_in_two_processes_and_differs_from_its_parts(one: dict[str, Path], two: dict[str, Path]) -> None:
-    assert_equal_runs(two["blend"], one["blend"], tolerance=1e-5)
+@pytest.mark.slow
+def test_a_blend_is_the_same_in_two_processes_and_differs_from_its_parts(one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more["blend"], one["blend"], tolerance=1e-5)
     assert read_metrics(one["blend"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
-
-
-@pytest.mark.parametrize("name", TWO_WITHIN)
-def test_attention_within_documents_is_the_same_in_two_processes_and_another_than_without(
-    name: str, one: dict[str, Path], two: dict[str, Path]
-) -> None:
-    assert_equal_runs(two[name], one["within documents"], tolerance=1e-5)
-    assert read_metrics(one["within documents"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_WITHIN)
-def test_attention_within_documents_is_the_same_with_recomputation(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
-    assert_equal_runs(more[name], one["within documents"], tolerance=1e-5)
+def test_attention_within_documents_is_the_same_in_two_processes_and_another_than_without(
+    name: str, one: dict[str, Path], one_more: dict[str, Path], more: dict[str, Path]
+) -> None:
+    assert_equal_runs(more[name], one_more["within documents"], tolerance=1e-5)
+    assert read_metrics(one_more["within documents"]).training[0][1] != read_metrics(one["reference"]).training[0][1]
 
 
-def test_bf16_stays_near_fp32(one: dict[str, Path]) -> None:
-    found, wanted = read_metrics(one["bf16"]).training, read_metrics(one["reference"]).training
+@pytest.mark.slow
+def test_bf16_stays_near_fp32(one: dict[str, Path], one_more: dict[str, Path]) -> None:
+    found, wanted = read_metrics(one_more["bf16"]).training, read_metrics(one["reference"]).training
     assert len(found) == 3
     for mine, theirs in zip(found, wanted, strict=False):
         assert mine[1] == pytest.approx(theirs[1], abs=0.02)
@@ -135,21 +151,14 @@ def test_resumed_in_two_processes(name: str, two: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_RESUMED)
-def test_resumed_in_two_processes_laid_out_in_rarer_ways(name: str, two: dict[str, Path], more: dict[str, Path]) -> None:
-    assert_same_end(more[name], two[MORE_RESUMED[name][0]])
-
-
-def test_a_run_of_one_process_goes_on_in_two(one: dict[str, Path], two: dict[str, Path]) -> None:
-    assert_equal_runs(two["one to tensor"], one["reference"], tolerance=1e-5)
+def test_resumed_in_two_processes_laid_out_in_rarer_ways(name: str, more: dict[str, Path]) -> None:
+    assert_same_end(more[name], more[MORE_RESUMED[name][0]])
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_in_an_interleaved_pipeline(one: dict[str, Path], more: dict[str, Path]) -> None:
-    assert_equal_runs(more["one to interleaved"], one["reference"], tolerance=1e-5)
-
-
-def test_a_run_of_two_processes_goes_on_in_four(two: dict[str, Path], four: dict[str, Path]) -> None:
-    assert_equal_runs(four["two to four"], two["distributed optimizer"], tolerance=1e-5)
+@pytest.mark.parametrize("name", ["one to tensor", "one to interleaved", "interleaved to data"])
+def test_a_run_goes_on_in_another_layout(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more[name], one["reference"], tolerance=1e-5)
 
 
 def test_initial_weights_are_the_same_in_every_layout(one: dict[str, Path], four: dict[str, Path]) -> None:

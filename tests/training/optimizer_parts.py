@@ -1,0 +1,67 @@
+"""What is decayed, and the gradient of the z-loss beside a plain formula, on each tensor rank that torchrun starts. Prints JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed
+
+from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.models.presets import make_architecture
+from megatron_instruct.models.z_loss import add_z_loss
+from megatron_instruct.platform import device
+from megatron_instruct.training.optimizer import make_optimizer, torch_optimizers, wrap_data_parallel
+from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.parallel import ParallelOptions
+
+COEFFICIENT, VOCABULARY, SEQUENCE, BATCH = 0.3, 256, 5, 2
+
+
+def main() -> None:
+    machine = device.initialize()
+    size = torch.distributed.get_world_size()
+    layout = ParallelLayout(world_size=size, tensor=size)
+    join_model_parallel_groups(layout, seed=1)
+    result: dict[str, object] = {}
+    for exempt in (False, True):
+        architecture = make_architecture({"family": "qwen2", "num_layers": 1}, preset_name="tiny", vocab_size=VOCABULARY, seq_length=8)
+        (model,) = build_model(architecture, layout, machine, BuildOptions())
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        chunks = wrap_data_parallel([model], ParallelOptions())
+        batch = BatchOptions(global_batch_size=1, train_iters=2, lr=1e-3, no_weight_decay_on_embeddings=exempt)
+        optimizer = make_optimizer(chunks, ParallelOptions(), batch, machine)
+        decay = {
+            names[id(parameter)]: group["wd_mult"]
+            for inner in torch_optimizers(optimizer)
+            for group in inner.param_groups
+            for parameter in group["params"]
+        }
+        result["exempt" if exempt else "default"] = decay
+    add_z_loss(model, COEFFICIENT)
+    generator = torch.Generator().manual_seed(3)
+    whole = 4 * torch.randn(SEQUENCE, BATCH, VOCABULARY, generator=generator)
+    labels_BS = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    mine = whole.chunk(size, dim=-1)[torch.distributed.get_rank()].clone().requires_grad_()
+    losses_BS = model.compute_language_model_loss(labels_BS, mine * 1.0)
+    losses_BS.sum().backward()
+
+    plain = whole.clone().requires_grad_()
+    entropy_SB = torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels_BS.T.flatten(), reduction="none").view(SEQUENCE, BATCH)
+    (entropy_SB + COEFFICIENT * plain.logsumexp(-1).square()).sum().backward()
+    assert mine.grad is not None
+    assert plain.grad is not None
+    wanted = plain.grad.chunk(size, dim=-1)[torch.distributed.get_rank()]
+    result["loss"] = float((losses_BS.T - entropy_SB).detach().abs().max())
+    result["gradient"] = float((mine.grad - wanted).abs().max())
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(result))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
