@@ -9,6 +9,7 @@ from megatron_instruct.training.settings.checkpoint import CheckpointOptions
 from megatron_instruct.training.settings.data import DataOptions
 from megatron_instruct.training.settings.dry_run import DryRunOptions
 from megatron_instruct.training.settings.experts import ExpertOptions
+from megatron_instruct.training.settings.faults import FaultOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import Fp8Options
@@ -27,6 +28,7 @@ class PretrainConfig:
     data: DataOptions
     checkpoint: CheckpointOptions
     watch: WatchOptions = field(default_factory=WatchOptions)
+    faults: FaultOptions = field(default_factory=FaultOptions)
     dry: DryRunOptions = field(default_factory=DryRunOptions)
 
     def __post_init__(self) -> None:

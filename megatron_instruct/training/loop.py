@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 
+from megatron_instruct.errors import InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
@@ -16,19 +16,24 @@ from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.models.z_loss import add_z_loss
 from megatron_instruct.platform.device import Machine, compute_capability
 from megatron_instruct.tokenizer import Tokenizer
-from megatron_instruct.training import checkpoint
+from megatron_instruct.training.bad_steps import Steps, Trained
+from megatron_instruct.training.checkpoint import Checkpoints, resume
+from megatron_instruct.training.checkpoint_choice import damage_of, newest_candidate
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.expert_losses import mean_expert_losses
 from megatron_instruct.training.fp8 import check_fp8, fp8_fields
+from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_instruct.training.phases import own_rate, set_rate
 from megatron_instruct.training.samples import Prompts, generate, read_prompts
 from megatron_instruct.training.sources import DataSources
 from megatron_instruct.training.start import Start
-from megatron_instruct.training.step import StepShape, train_step, validate
+from megatron_instruct.training.step import StepShape, validate
+from megatron_instruct.training.stopping import ExitRequests, StoppedEarly, reason_of
+from megatron_instruct.training.streams import Replayable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class Run:
     scheduler: Any
     train_set: Any
     valid_set: Any
-    device: torch.device
+    machine: Machine
     document_end: int
     """Id of the end-of-document token."""
     components: tuple[str, ...]
@@ -91,7 +96,7 @@ def build_run(
     chunks = wrap_data_parallel(models, config.parallel)
     optimizer = make_optimizer(chunks, config.parallel, config.batch, machine)
     if start.path is not None and start.resumes:
-        checkpoint.resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
+        resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
     scheduler = make_scheduler(optimizer, config.batch)
     scheduler.step(increment=start.iteration * plan.global_batch_size)
     train_set, valid_set = build_datasets(config, sources, plan)
@@ -107,7 +112,7 @@ def build_run(
         scheduler=scheduler,
         train_set=train_set,
         valid_set=valid_set,
-        device=machine.device,
+        machine=machine,
         document_end=sources.vocabulary.eod,
         components=component_names(config, sources),
         prompts=_prompts(config, start),
@@ -122,16 +127,23 @@ def _prompts(config: PretrainConfig, start: Start) -> Prompts | None:
 
 def loop(run: Run, metrics: Metrics) -> None:
     """Run every step from start_iteration to train_iters."""
+    checkpoints = Checkpoints(run.config.checkpoint, run.models, run.optimizer, architecture=run.architecture, identity=run.identity)
+    with checkpoints, ExitRequests(run.config.faults) as requests:
+        _steps(run, metrics, checkpoints, requests)
+
+
+def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitRequests) -> None:
     options, plan = run.config.checkpoint, run.plan
-    data = _data(run, run.train_set, run.start_iteration, plan.train_iters - run.start_iteration)
-    shape = _shape(run, plan.num_microbatches)
+    data = [Replayable(stream) for stream in _data(run, run.train_set, run.start_iteration, plan.train_iters - run.start_iteration)]
+    ledger = Ledger(options.save, run.identity)
+    steps = _guarded_steps(run, ledger, checkpoints)
     if run.valid_set is not None and run.start_iteration == 0:
         _validate(run, metrics, 0)
     if run.start_iteration == 0:
         _sample(run, metrics, 0)
     metrics.restart_clock(run.start_iteration)
     losses: list[float] = []
-    microbatches = 0
+    grad_norm, microbatches = 0.0, 0
     phases = run.config.phases
     for iteration in range(run.start_iteration + 1, plan.train_iters + 1):
         last = iteration == plan.train_iters
@@ -139,15 +151,23 @@ def loop(run: Run, metrics: Metrics) -> None:
         lr = run.optimizer.param_groups[0]["lr"]
         shape = _shape(run, plan.num_microbatches_of(iteration))
         microbatches += shape.num_microbatches
-        result = train_step(run.chunks, run.optimizer, data, shape)
+        outcome = steps.step(iteration, data, shape, requests.code)
         run.scheduler.step(increment=plan.global_batch_size)
-        losses.append(result.loss)
-        saves = last or (options.save_interval is not None and iteration % options.save_interval == 0)
-        if saves or iteration % options.log_interval == 0:  # at a save too: a resumed run then logs the same means
+        if outcome.checkpoint is not None:
+            losses.clear()
+            metrics.go_back(outcome.checkpoint)
+            metrics.restart_clock(iteration)
+        if outcome.result is not None:
+            losses.append(outcome.result.loss)
+            grad_norm = outcome.result.grad_norm
+        checkpoints.poll()
+        saves = last or outcome.exit_code > 0 or (options.save_interval is not None and iteration % options.save_interval == 0)
+        if losses and (saves or iteration % options.log_interval == 0):  # at a save too: a resumed run then logs the same means
+            mean, faults = sum(losses) / len(losses), ledger.counts(iteration)
             more: dict[str, float] = {} if plan.ramp is None else {"batch_size": plan.batch_size(iteration)}
             if run.architecture.num_experts is not None:
                 more |= mean_expert_losses(layers=run.architecture.num_layers, microbatches=microbatches)
-            metrics.training(iteration, loss=sum(losses) / len(losses), lr=lr, grad_norm=result.grad_norm, more=more)
+            metrics.training(iteration, loss=mean, lr=lr, grad_norm=grad_norm, faults=faults, more=more)
             losses.clear()
             microbatches = 0
         if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
@@ -155,10 +175,47 @@ def loop(run: Run, metrics: Metrics) -> None:
         if last or (run.config.watch.sample_interval and iteration % run.config.watch.sample_interval == 0):
             _sample(run, metrics, iteration)
         if saves:
-            checkpoint.save(
-                options.save, run.models, run.optimizer, iteration=iteration, architecture=run.architecture, identity=run.identity
-            )
+            steps.remember(iteration)
+            checkpoints.save(iteration)
             metrics.restart_clock(iteration)
+        if outcome.exit_code and not last:
+            checkpoints.finish()
+            reason = reason_of(outcome.exit_code)
+            raise StoppedEarly(f"{reason}: saved after step {iteration} of {plan.train_iters}; the same command goes on from there.")
+
+
+def _guarded_steps(run: Run, ledger: Ledger, checkpoints: Checkpoints) -> Steps:
+    trained = Trained(
+        models=run.models,
+        chunks=run.chunks,
+        optimizer=run.optimizer,
+        train_set=run.train_set,
+        plan=run.plan,
+        save=run.config.checkpoint.save,
+        device=run.machine.device,
+    )
+
+    def go_back() -> int | None:
+        checkpoints.finish()
+        return _load_newest(run)
+
+    return Steps(run.config.faults, ledger, trained, start_iteration=run.start_iteration, go_back=go_back)
+
+
+def _load_newest(run: Run) -> int | None:
+    """Fill weights and optimizer from the newest checkpoint that is whole; return its iteration, None where there is none."""
+    damaged: dict[int, str] = {}
+    while True:
+        try:
+            candidate = newest_candidate(run.config.checkpoint.save, passed_over=damaged)
+        except InputError:
+            return None
+        iteration = int(candidate.manifest.facts["iteration"])
+        wrong = damage_of(candidate.path, candidate.manifest)
+        if wrong is None:
+            resume(candidate.path, run.models, run.optimizer, iteration=iteration, machine=run.machine)
+            return iteration
+        damaged[iteration] = wrong
 
 
 def _validate(run: Run, metrics: Metrics, iteration: int) -> None:
@@ -185,7 +242,7 @@ def _shape(run: Run, num_microbatches: int) -> StepShape:
         micro_batch_size=batch.micro_batch_size,
         seq_length=batch.seq_length,
         document_end=run.document_end if run.config.data.reset_attention_mask else None,
-        packs=run.device.type == "cuda",
+        packs=run.machine.device.type == "cuda",
     )
 
 
@@ -197,7 +254,7 @@ def _data(run: Run, dataset: Any, start_iteration: int, iterations: int) -> list
             dataset,
             run.plan.microbatches(rank, start_iteration=start_iteration, iterations=iterations),
             num_workers=run.config.data.num_workers,
-            device=run.device,
+            device=run.machine.device,
         )
         for _ in run.chunks
     ]

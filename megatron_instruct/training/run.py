@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import as_yaml, flat, run_tool
-from megatron_instruct.errors import TrainingError
+from megatron_instruct.errors import LostProcessError
 from megatron_instruct.files import atomic_folder, atomic_write, locked
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.stopping import EXIT_TO_GO_ON, StoppedEarly
 
 SETTINGS = "settings.yaml"
 """File in --save with the settings of the run, as --config reads them."""
 _PATIENCE = 30.0
 """Seconds that a process with an error waits for the first process of its machine to tell it and torchrun to end them all."""
+_ROLL_CALL = 5.0
+"""Seconds in which a process that is left answers, when another one is gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,21 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python would handle Ctrl-C only once gloo or NCCL returns, and they wait for a process that may have ended
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+        return _exit_status(argv)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            status = run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+            status = _exit_status(argv)
         except SystemExit as stop:  # a command line that does not parse
             status = stop.code if isinstance(stop.code, int) else 1
-    if status:
+    if status not in (0, EXIT_TO_GO_ON, LostProcessError.exit_status):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE)
         print(said.getvalue(), file=sys.stderr, end="")
     return status
 
 
+def _exit_status(argv: Sequence[str] | None) -> int:
+    try:
+        return run_tool(PretrainConfig, run, argv, prog="pretrain.py")
+    except StoppedEarly as stop:
+        print(f"pretrain.py: {stop}", flush=True)
+        return EXIT_TO_GO_ON
+
+
 def run(config: PretrainConfig) -> None:
-    """Train, or go on training, until train_iters. Raises ConfigError, InputError or TrainingError."""
+    """Train, or go on training, until train_iters. Raises ConfigError, InputError or TrainingError; StoppedEarly where it was asked to."""
     if config.dry.dry_run:
         from megatron_instruct.training.dry_run import describe
 
@@ -61,11 +73,9 @@ def run(config: PretrainConfig) -> None:
 
     noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
-    from megatron_instruct.training.checkpoint import check_identity
-    from megatron_instruct.training.phases import with_free_phases
     from megatron_instruct.training.plan import plan_batches, plan_layout
     from megatron_instruct.training.sources import sources_of
-    from megatron_instruct.training.start import find_start, run_identity
+    from megatron_instruct.training.start import check_same_run, find_start, run_identity
 
     start = find_start(config)
     layout = plan_layout(config.parallel, start.architecture)
@@ -75,9 +85,7 @@ def run(config: PretrainConfig) -> None:
     if finished(config.checkpoint.save / "manifest.json", stage="pretrain", settings=identity, inputs=()) is not None:
         print(f"{config.checkpoint.save} holds the finished run already; nothing to do.")
         return
-    if start.saved_identity is not None:
-        saved = with_free_phases(start.saved_identity, identity, iteration=start.iteration, where=str(config.checkpoint.save))
-        check_identity(config.checkpoint.save, saved, identity)
+    check_same_run(config, start, identity)
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
         if speaks_for_all:
@@ -88,31 +96,59 @@ def run(config: PretrainConfig) -> None:
 
 @contextlib.contextmanager
 def _lost_processes() -> Iterator[None]:
-    """Turn the error that a process meets when another one is gone into one message."""
+    """Turn the error that a process meets when another one is gone into one message, which the lowest rank that is left tells."""
     try:
         yield
     except RuntimeError as error:  # gloo's has no class of its own
-        first_line = str(error).splitlines()[0]
+        first_line = str(error).splitlines()[0].split(". This is typically")[0]  # gloo goes on with advice of its own
         if "gloo" not in first_line and type(error).__name__ != "DistBackendError":
             raise
-        raise TrainingError(
-            f"another process of the run is gone or silent ({first_line}); look for the first error above, and start the same "
-            "command again: it goes on from the last checkpoint."
-        ) from error
+        missing, speaks = _roll_call()
+        who = f"no answer from rank {', '.join(map(str, missing))}" if missing else "every rank answers"
+        message = (
+            f"another process of the run is gone or silent: {who} ({first_line}); look for the first error above, and start the "
+            "same command again: it goes on from the last checkpoint."
+        )
+        if speaks and os.environ.get("LOCAL_RANK", "0") != "0":  # what this process says is otherwise kept back
+            print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
+        if not speaks and os.environ.get("LOCAL_RANK", "0") == "0":
+            raise SystemExit(LostProcessError.exit_status) from error
+        raise LostProcessError(message) from error
+
+
+def _roll_call() -> tuple[list[int], bool]:
+    """Return the ranks that do not answer, and whether this process is the lowest that does."""
+    import torch.distributed
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = [f"alive/{attempt}/{number}" for number in range(size)]
+    try:
+        store = _get_default_store()
+        store.set(names[rank], "yes")
+        deadline = time.monotonic() + _ROLL_CALL
+        while time.monotonic() < deadline and not store.check(names):
+            time.sleep(0.1)
+        answers = [store.check([name]) for name in names]
+    except RuntimeError:  # the store was kept by a process that is gone
+        return [], rank == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+    return [number for number, answer in enumerate(answers) if not answer], answers.index(True) == rank
 
 
 def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: Any, identity: dict[str, Any]) -> None:
     """Build everything and run the loop. Every process runs this; a process group that exists already is used and left in place."""
-    import torch
-    from megatron.core import parallel_state
+    import torch.distributed
 
     from megatron_instruct.platform import device
     from megatron_instruct.training.loop import build_run, loop
     from megatron_instruct.training.metrics import Metrics, RunSize
+    from megatron_instruct.training.start import whole_start
 
     own_group = not torch.distributed.is_initialized()
     machine = device.initialize(timeout_minutes=config.parallel.distributed_timeout_minutes, threads=config.parallel.num_threads)
     first = torch.distributed.get_rank() == 0
+    start = whole_start(config, start, identity)
     parts = build_run(config, start, layout, plan, sources, machine, identity)
     peak = device.peak_flops(machine, "fp8" if config.fp8.fp8_format else "bf16" if config.parallel.bf16 else "fp32")
     size = RunSize(
@@ -126,6 +162,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     )
     if first:
         _keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer")
+        for reason in start.passed_over:
+            print(f"passed over: {reason}", flush=True)
         origin = "from scratch" if start.path is None else f"{'resumes' if start.resumes else 'weights'} from {start.path}"
         experts = f"experts over {layout.expert} x tensor {layout.tensor_of_experts}; " if start.architecture.num_experts else ""
         print(
@@ -146,11 +184,23 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         watch=config.watch,
         settings=flat(config),
     ) as metrics:
-        loop(parts, metrics)
+        try:
+            loop(parts, metrics)
+        except StoppedEarly:
+            _leave(own_group)
+            raise
     if first:
         facts = {"iteration": plan.train_iters}
         write_manifest(config.checkpoint.save / "manifest.json", Manifest(stage="pretrain", settings=identity, facts=facts))
         print(f"done: {config.checkpoint.save}", flush=True)
+    _leave(own_group)
+
+
+def _leave(own_group: bool) -> None:
+    """Part from the other processes, all of which are done."""
+    import torch.distributed
+    from megatron.core import parallel_state
+
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     if own_group:

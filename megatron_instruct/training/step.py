@@ -58,16 +58,26 @@ class StepResult:
     """Norm of the whole gradient before clipping."""
 
 
-def train_step(
+def compute_gradients(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, data: Sequence[Iterator[Batch]], shape: StepShape
-) -> StepResult:
-    """Run forward and backward over the global batch and update the weights. Raises TrainingError where the loss is not finite."""
+) -> float:
+    """Run forward and backward over the global batch and return its mean loss. Weights and optimizer stay as they are."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = _mean(_run(chunks, data, shape, forward_only=False)[0])
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss is {loss}; {_REMEDY}")
+    return _mean(_run(chunks, data, shape, forward_only=False)[0])
+
+
+def gradient_is_finite(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> bool:
+    """Say whether this rank's gradients have a finite norm. Where the loss is scaled (fp16) the optimizer looks itself, and goes on."""
+    if any(getattr(part, "grad_scaler", None) is not None for part in getattr(optimizer, "chained_optimizers", [optimizer])):
+        return True
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return all(bool(torch.linalg.vector_norm(buffer.grad_data).isfinite()) for buffer in buffers)
+
+
+def update(optimizer: MegatronOptimizer, loss: float) -> StepResult:
+    """Update the weights by the gradients of a step with this loss. Raises TrainingError where their norm is not finite."""
     updated, norm, _ = optimizer.step()
     grad_norm = float(norm or 0.0)
     if not updated or not math.isfinite(grad_norm):
