@@ -78,7 +78,8 @@ class Steps:
         self._losses: dict[str, list[float]] = self._read_losses()
         self._recent = self._recent_at(start_iteration)
         self._own_time = OwnTime(of.device)
-        self._looked, self._look, self._slow = time.monotonic(), False, set[int]()
+        self._looked, self._look = time.monotonic(), False
+        self._slow, self._suspected = set[int](), set[int]()
         if self._rehearsed and self._first:
             print(f"REHEARSAL: {len(self._rehearsed)} faults are made on purpose.", flush=True)
 
@@ -206,7 +207,9 @@ class Steps:
         """Tell who is slow, and who no longer is. Collective."""
         self._looked, self._look = time.monotonic(), False
         seconds = gathered(self._own_time.seconds(), self._of.device)
-        slow = slow_ranks(seconds, self._options.straggler_factor or math.inf)
+        found = slow_ranks(seconds, self._options.straggler_factor or math.inf)
+        slow = {rank: times for rank, times in found.items() if rank in self._suspected}  # once may be chance
+        self._suspected = set(found)
         if slow.keys() == self._slow:
             return
         hosts: list[Any] = [None] * len(seconds)

@@ -36,11 +36,11 @@ class OwnTime:
             yield
 
     def seconds(self) -> float:
-        """Return the mean of the calls; 0 where there were none."""
+        """Return the median of the calls, which another program's short turn does not move; 0 where there were none."""
         if self._cuda and self._spans:
             torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in self._spans) / 1000.0 / len(self._spans)
-        return sum(end - start for start, end in self._spans) / len(self._spans) if self._spans else 0.0
+            return statistics.median(start.elapsed_time(end) for start, end in self._spans) / 1000.0
+        return statistics.median(end - start for start, end in self._spans) if self._spans else 0.0
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -1,6 +1,7 @@
 """Bad steps, signals and slow processes: real processes, faults made by the rehearsal, ends compared bit for bit."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ FRESH: dict[str, tuple[str, tuple[object, ...]]] = {
     "hopeless": (f"{BAD_OUTPUT}5-99", ("--max-skips-in-a-row", 2)),
     "signalled": ("signal name=SIGUSR1 rank=1 step=6", ()),
     "spike": ("spike factor=100 step=6", SPIKES),
-    "slow": ("slow seconds=0.1 rank=1 step=9", ("--straggler-interval", 0, "--straggler-factor", 10)),
+    "slow": ("slow seconds=0.1 rank=1 step=7", ("--straggler-interval", 0, "--straggler-factor", 10)),
 }
 """Faults, and flags."""
 AGAIN: dict[str, tuple[str, int, tuple[object, ...]]] = {
@@ -139,7 +140,7 @@ def test_a_signal_to_one_process_saves_the_same_step_on_all_and_the_run_goes_on(
 def test_a_loss_far_above_the_steps_before_is_a_bad_step(ended: dict[str, Ended]) -> None:
     (event,) = ended["spike"].events
     assert event["kind"] == "skip" and event["iteration"] == 6
-    assert "100.0 times the median" in event["reason"] or "99." in event["reason"] or "98." in event["reason"]
+    assert 80 < float(re.search(r"is ([\d.]+) times the median", event["reason"])[1]) < 110  # type: ignore[index]
 
 
 def test_a_slow_process_is_named_once(ended: dict[str, Ended]) -> None:
