@@ -70,6 +70,13 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor_of_experts,
     )
+    seed_random_streams(seed)
+
+
+def seed_random_streams(seed: int) -> None:
+    """Seed what dropout draws from: one stream for what tensor ranks share, others for what they split; as Megatron-LM's a stage."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -126,8 +133,6 @@ def make_transformer_config(
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
@@ -144,6 +149,7 @@ def make_transformer_config(
         "use_cpu_initialization": not machine.is_cuda,
         "calculate_per_token_loss": True,  # the loss is a mean over the tokens of the global batch, however it is cut
         "deallocate_pipeline_outputs": True,
+        **_NO_DROPOUT,
         **(_CUDA_SETTINGS if machine.is_cuda else _CPU_SETTINGS),
     }
     settings |= _window_settings(architecture) | _expert_settings(architecture, machine, options.experts or {})
@@ -159,6 +165,7 @@ def make_transformer_config(
     return TransformerConfig(**settings)
 
 
+_NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 _CPU_SETTINGS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "bias_activation_fusion": False,
@@ -213,7 +220,7 @@ def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     for name in extra:
         if name not in fields:
             raise ConfigError(f"transformer_config: megatron-core has no field {name!r}{did_you_mean(name, fields)}")
-        if name in settings and name not in _CPU_SETTINGS and name not in _CUDA_SETTINGS:
+        if name in settings and not any(name in defaults for defaults in (_CPU_SETTINGS, _CUDA_SETTINGS, _NO_DROPOUT)):
             raise ConfigError(f"transformer_config: {name!r} is decided by the model and layout settings; set it there.")
     return dict(extra)
 

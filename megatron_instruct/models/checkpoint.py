@@ -1,15 +1,14 @@
 """Model weights in megatron-core's torch_dist format, which any layout can read."""
 
-import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.models.checkpoint_writing import StateWriting
 
 
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
@@ -21,17 +20,7 @@ def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
 
 def save_weights(path: Path, chunks: Sequence[GPTModel]) -> None:
     """Write the weights of all ranks below the empty folder `path`. Every rank calls it; the caller commits with a manifest."""
-    write_state(path, model_state(chunks))
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a sharded state of all ranks below the empty folder `path`. Every rank calls it.
-
-    megatron-core 0.19.2 sends the results of this synchronous write to itself through a process that it starts for the purpose
-    (5 s, and 400 MB a rank); a queue in this process does the same.
-    """
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(path))
+    StateWriting(path, model_state(chunks), beside=False)
 
 
 def load_weights(path: Path, chunks: Sequence[GPTModel]) -> None:

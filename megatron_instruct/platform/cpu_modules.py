@@ -3,12 +3,14 @@
 Shapes: S sequence, B batch, H query heads, G key/value groups, D head size, C hidden size; all of this rank.
 """
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -54,16 +56,20 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key_SBGD, value_SBGD))
         if self.window is not None and query.size(2) > self.window and self.context_parallel_size == 1:
             attention_mask = self._add_window(attention_mask, query.size(2), self.window)
-        output_BHSD = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.softmax_scale,
-            enable_gqa=key.size(1) != query.size(1),
-        )
+        dropout = self.dropout if self.training else 0.0
+        # tensor ranks drop other positions in their heads; under sequence parallelism megatron-core is on their streams already
+        own_stream = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext():
+            output_BHSD = torch.nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                is_causal=attention_mask is None,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=key.size(1) != query.size(1),
+            )
         return output_BHSD.permute(2, 0, 1, 3).reshape(query_SBHD.size(0), query_SBHD.size(1), -1)
 
     @staticmethod

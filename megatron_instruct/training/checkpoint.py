@@ -1,96 +1,205 @@
-"""Saving and resuming a run: weights, optimizer state and position, in megatron-core's torch_dist format.
+"""Saving and resuming a run, in megatron-core's torch_dist format.
 
-A checkpoint is written under a temporary name, described by its manifest and committed by a rename; then the tracker file names
-it. The optimizer's state is saved fully reshardable: another layout can read it. What is not saved is derived: the learning rate
-and the data from the iteration.
+A checkpoint is written under a temporary name, described by its manifest and committed by a rename, when the files of every rank
+are on the disk; then the tracker file names it and older ones go. With async_save a process of each rank writes them while the
+next steps run: killed meanwhile, the run goes on from the checkpoint before.
 """
 
+import contextlib
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch.distributed
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_instruct.errors import ConfigError, TrainingError
+from megatron_instruct.errors import InputError, MegatronInstructError, TrainingError
 from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder
-from megatron_instruct.manifest import Manifest, records, write_manifest
+from megatron_instruct.manifest import Manifest, read_manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint import fill, model_state, write_state
-from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
+from megatron_instruct.models.checkpoint_folder import CHECKPOINT_FORMAT, iteration_folder, sealed, write_latest
+from megatron_instruct.models.checkpoint_writing import StateWriting
 from megatron_instruct.platform.device import Machine
-from megatron_instruct.training.optimizer import prepare_for_loading, restore_step
+from megatron_instruct.training.checkpoint_retention import clear_deleted, delete, delete_expendable
+from megatron_instruct.training.checkpoint_state import layout_facts, load_state, state_of, uses_random_streams
+from megatron_instruct.training.optimizer import updates_done
+from megatron_instruct.training.settings.checkpoint import CheckpointOptions
 
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-_BYTES_PER_PARAMETER = 12  # fp32 weights and two moments
-
-
-def save(
-    folder: Path, chunks: Sequence[GPTModel], optimizer: Any, *, iteration: int, architecture: Architecture, identity: dict[str, Any]
-) -> None:
-    """Commit a checkpoint of this iteration. Every rank calls it.
-
-    identity: the settings that a later resume must share. Raises TrainingError before anything is written where the disk is too full.
-    """
-    final = iteration_folder(folder, iteration)
-    first = torch.distributed.get_rank() == 0
-    if first:
-        _check_disk(folder, architecture)
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier run that was stopped before it named this checkpoint
-    with atomic_folder(final) if first else nullcontext():
-        torch.distributed.barrier()
-        state = model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_OPTIMIZER_METADATA)
-        _write(final.with_name(final.name + TEMPORARY_SUFFIX), state)
-        torch.distributed.barrier()
-        if first:
-            partial = final.with_name(final.name + TEMPORARY_SUFFIX)
-            facts = {"architecture": architecture.to_json(), "iteration": iteration, "tokenizer": identity["tokenizer"]}
-            manifest = Manifest(stage="pretrain", settings=identity, outputs=records([partial], relative_to=partial), facts=facts)
-            write_manifest(partial / "manifest.json", manifest)
-    if first:
-        write_latest(folder, iteration)
-    torch.distributed.barrier()
+_BYTES_PER_PARAMETER = {torch.float32: 12, torch.bfloat16: 14}
+"""Weights, fp32 master weights where the weights are not fp32, two moments."""
 
 
-def _write(partial: Path, state: dict[str, Any]) -> None:
-    try:
-        write_state(partial, state)
-    except (CheckpointException, OSError) as error:
-        reason = str(error).splitlines()[-1]
-        raise TrainingError(
-            f"the checkpoint {partial} could not be written ({reason}); mend this (is the disk full?) and run the same command again: "
-            "it goes on from the last checkpoint."
-        ) from error
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    iteration: int
+    writing: StateWriting
+    folder: contextlib.ExitStack
+    """Gives the folder its name when it is closed."""
+    facts: dict[str, Any]
+    since: float
+
+
+class Checkpoints:
+    """Saves the checkpoints of one run. Every rank makes it and calls it at the same iterations; to be used in a `with` block."""
+
+    def __init__(
+        self,
+        options: CheckpointOptions,
+        chunks: Sequence[GPTModel],
+        optimizer: Any,
+        *,
+        architecture: Architecture,
+        identity: dict[str, Any],
+    ) -> None:
+        """identity: the settings that a later resume must share."""
+        self._options, self._chunks, self._optimizer = options, chunks, optimizer
+        self._architecture, self._identity = architecture, identity
+        self._first = torch.distributed.get_rank() == 0
+        self._pending: _Pending | None = None
+        if self._first:
+            clear_deleted(options.save)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Commit the last checkpoint; after an error, which other ranks need not share, leave it uncommitted."""
+        if error is None:
+            self.finish()
+        elif self._pending is not None:
+            self._give_up(self._pending)
+
+    def save(self, iteration: int) -> None:
+        """Save a checkpoint of this iteration, or with async_save begin to. Raises TrainingError where the disk is too full for it."""
+        self.finish()
+        since = time.perf_counter()
+        folder = contextlib.ExitStack()
+        _on_first_rank(lambda: self._make_room(iteration, folder))
+        facts = {
+            "architecture": self._architecture.to_json(),
+            "iteration": iteration,
+            "tokenizer": self._identity["tokenizer"],
+            "checkpoint_format": CHECKPOINT_FORMAT,
+            "layout": layout_facts(),
+            "optimizer_updates": updates_done(self._optimizer),
+        }
+        partial = self._final(iteration).with_name(self._final(iteration).name + TEMPORARY_SUFFIX)
+        try:
+            writing = StateWriting(partial, state_of(self._chunks, self._optimizer), beside=self._options.async_save)
+        except (CheckpointException, OSError) as error:
+            with folder:
+                raise _not_written(partial, error) from error
+        self._pending = _Pending(iteration=iteration, writing=writing, folder=folder, facts=facts, since=since)
+        if not self._options.async_save:
+            self.finish()
+
+    def poll(self) -> None:
+        """Commit the checkpoint under way if all its files are written. Cheap where there is none; to be called after every step."""
+        self._commit(wait=False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way, if there is one, and commit it."""
+        self._commit(wait=True)
+
+    def _commit(self, *, wait: bool) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            if not pending.writing.finished(wait=wait):
+                return
+            written = pending.writing.records()
+            _on_first_rank(lambda: self._name(pending, written))
+        except (CheckpointException, OSError) as error:
+            self._give_up(pending)
+            raise _not_written(self._final(pending.iteration), error) from error
+        self._pending = None
+
+    def _name(self, pending: _Pending, written: Any) -> None:
+        """Describe the checkpoint, give it its name, and delete what it makes expendable."""
+        final = self._final(pending.iteration)
+        partial = final.with_name(final.name + TEMPORARY_SUFFIX)
+        outputs = records([partial], relative_to=partial, known=written)
+        manifest = Manifest(stage="pretrain", settings=self._identity, outputs=outputs, facts=pending.facts)
+        write_manifest(partial / "manifest.json", sealed(manifest))
+        pending.folder.close()
+        write_latest(self._options.save, pending.iteration)
+        delete_expendable(self._options.save, keep_last=self._options.keep_last, retain_interval=self._options.save_retain_interval)
+        size, seconds = sum(output.bytes for output in outputs) / 1e9, time.perf_counter() - pending.since
+        print(f"checkpoint of iteration {pending.iteration} saved in {seconds:.1f} s ({size:,.2f} GB)", flush=True)
+
+    def _give_up(self, pending: _Pending) -> None:
+        self._pending = None
+        pending.writing.abandon()
+        with contextlib.suppress(_Abandoned), pending.folder:
+            raise _Abandoned
+
+    def _make_room(self, iteration: int, folder: contextlib.ExitStack) -> None:
+        _check_disk(self._options.save, self._architecture, next(self._chunks[0].parameters()).dtype)
+        delete(self._final(iteration))  # damaged, or of an earlier run that was stopped before it named this checkpoint
+        folder.enter_context(atomic_folder(self._final(iteration)))
+
+    def _final(self, iteration: int) -> Path:
+        return iteration_folder(self._options.save, iteration)
+
+
+class _Abandoned(Exception):
+    """Ends the block of a temporary folder whose checkpoint will not be."""
 
 
 def resume(path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, iteration: int, machine: Machine) -> None:
-    """Fill weights and optimizer from a checkpoint of this run, saved in any layout. Every rank calls it."""
-    prepare_for_loading(optimizer, machine)
-    state = model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_OPTIMIZER_METADATA)
-    loaded = dist_checkpointing.load(state, str(path))
-    fill(chunks, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
-    restore_step(optimizer, iteration, machine)
+    """Fill weights, optimizer and random streams from a checkpoint of this run, saved in any layout. Every rank calls it."""
+    manifest = read_manifest(path / "manifest.json")
+    updates = manifest.facts.get("optimizer_updates")
+    same_layout = manifest.facts.get("layout") == layout_facts()
+    if not same_layout and uses_random_streams(chunks) and torch.distributed.get_rank() == 0:
+        print(f"{path} was saved in another layout: dropout draws from new random streams.", flush=True)
+    try:
+        load_state(
+            path,
+            chunks,
+            optimizer,
+            machine=machine,
+            updates=iteration if updates is None else updates,
+            seed=manifest.settings["seed"] + iteration,
+            same_layout=same_layout,
+        )
+    except (CheckpointException, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read ({str(error).splitlines()[-1]}); start again with --verify-integrity, which finds what is damaged."
+        ) from error
 
 
-def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ConfigError where a checkpoint belongs to a run with other settings than this one."""
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            raise ConfigError(
-                f"{path} belongs to a run with {name}={saved.get(name)!r}, and this one has {name}={value!r}; "
-                "use another --save (and --load this one for its weights), or restore the setting."
-            )
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Do something on the first rank; where it fails, every rank raises its error."""
+    failed: list[BaseException | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except (OSError, MegatronInstructError) as error:
+            failed = [error]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise failed[0]
 
 
-def _check_disk(folder: Path, architecture: Architecture) -> None:
-    needed = architecture.num_parameters * _BYTES_PER_PARAMETER
+def _not_written(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"the checkpoint {path} could not be written ({str(error).splitlines()[-1]}); mend this (is the disk full?) and run the same "
+        "command again: it goes on from the last checkpoint."
+    )
+
+
+def _check_disk(folder: Path, architecture: Architecture, dtype: torch.dtype) -> None:
+    """The new checkpoint must fit beside the old ones: they go when it is whole."""
+    needed = architecture.num_parameters * _BYTES_PER_PARAMETER[dtype]
     free = shutil.disk_usage(folder).free
     if free < 1.05 * needed:
         raise TrainingError(

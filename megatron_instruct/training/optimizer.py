@@ -129,13 +129,25 @@ def prepare_for_loading(optimizer: Any, machine: Machine) -> None:
                 }
 
 
-def restore_step(optimizer: Any, iteration: int, machine: Machine) -> None:
-    """Set AdamW's step count after loading, which megatron-core 0.19.2 does not restore for torch's AdamW."""
-    if machine.is_cuda:
-        return
+def updates_done(optimizer: Any) -> int | None:
+    """Return how often the optimizer has changed the weights; None where it keeps no count."""
     for inner in torch_optimizers(optimizer):
-        for parameter in _parameters(inner):
-            inner.state[parameter]["step"] = torch.tensor(float(iteration))
+        counts = [state["step"] for state in inner.state.values() if "step" in state]  # as torch's Adam counts
+        counts += [group["step"] for group in inner.param_groups if "step" in group]  # as Transformer Engine's does
+        if counts:
+            return int(counts[0])
+    return None
+
+
+def restore_step(optimizer: Any, updates: int, machine: Machine) -> None:
+    """Set Adam's count of updates after loading: a checkpoint keeps it once, not in the shape of one kind of optimizer."""
+    for inner in torch_optimizers(optimizer):
+        if machine.is_cuda and not isinstance(inner, torch.optim.Adam):  # torch's AdamW is one of its Adams
+            for group in inner.param_groups:
+                group["step"] = updates
+        else:
+            for parameter in _parameters(inner):
+                inner.state[parameter]["step"] = torch.tensor(float(updates))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

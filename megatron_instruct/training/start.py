@@ -3,17 +3,21 @@
 Comes in: settings and checkpoint folders. Goes out: small frozen values. Nothing is built and no process group is needed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.manifest import Manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import latest_iteration, read_description
 from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
+from megatron_instruct.training.checkpoint_choice import check_identity, damage_of, newest_candidate
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.fp8 import fp8_fields
+from megatron_instruct.training.phases import with_free_phases
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.sources import DataSources
@@ -47,14 +51,21 @@ class Start:
     architecture: Architecture
     tokenizer: Tokenizer
     tokenizer_path: Path
+    manifest: Manifest | None = None
+    """Of the checkpoint."""
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints of this run that are not whole, and why."""
 
     @property
     def resumes(self) -> bool:
         return self.saved_identity is not None
 
 
-def find_start(config: PretrainConfig) -> Start:
-    """Look for this run's own checkpoint, then for the one to load, then at the model settings."""
+def find_start(config: PretrainConfig, *, passed_over: Mapping[int, str] | None = None) -> Start:
+    """Look for this run's own newest whole checkpoint, then for the one to load, then at the model settings.
+
+    passed_over: iterations of this run whose checkpoints are known to be damaged, each with the reason.
+    """
     options = config.checkpoint
     resumes = latest_iteration(options.save) is not None
     source = options.save if resumes else options.load
@@ -67,7 +78,18 @@ def find_start(config: PretrainConfig) -> Start:
         return Start(
             path=None, saved_identity=None, iteration=0, architecture=architecture, tokenizer=tokenizer, tokenizer_path=tokenizer_path
         )
-    path, manifest, architecture = read_description(source)
+    if resumes:
+        found = newest_candidate(source, passed_over=passed_over)
+        path, manifest, architecture, skipped = found.path, found.manifest, found.architecture, found.passed_over
+    else:
+        path, manifest, architecture = read_description(source)
+        skipped = ()
+        trained_with = manifest.facts.get("tokenizer")
+        if trained_with is not None and trained_with != tokenizer.fingerprint:
+            raise InputError(
+                f"{tokenizer_path} is another tokenizer than the one that {path} was trained with; leave --tokenizer-model out: "
+                f"{source / 'tokenizer'} is that one."
+            )
     _check_positions(architecture, config.batch.seq_length)
     _check_agreement(config.model, architecture, source)
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -82,7 +104,31 @@ def find_start(config: PretrainConfig) -> Start:
         architecture=architecture,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
+        manifest=manifest,
+        passed_over=skipped,
     )
+
+
+def check_same_run(config: PretrainConfig, start: Start, identity: dict[str, Any]) -> None:
+    """Raise ConfigError where this run's own checkpoint was made with other settings."""
+    if start.saved_identity is not None:
+        saved = with_free_phases(start.saved_identity, identity, iteration=start.iteration, where=str(config.checkpoint.save))
+        check_identity(config.checkpoint.save, saved, identity)
+
+
+def whole_start(config: PretrainConfig, start: Start, identity: dict[str, Any]) -> Start:
+    """Return the start, or an older one, every file of whose checkpoint is as it was written. Every process calls it."""
+    damaged: dict[int, str] = {}
+    while config.checkpoint.verify_integrity and start.path is not None and start.manifest is not None:
+        wrong = damage_of(start.path, start.manifest)
+        if wrong is None:
+            break
+        if not start.resumes:
+            raise InputError(f"{wrong}; make or copy {start.path} again.")
+        damaged[start.iteration] = wrong
+        start = find_start(config, passed_over=damaged)
+        check_same_run(config, start, identity)
+    return start
 
 
 def architecture_from(options: ModelOptions, *, vocab_size: int, seq_length: int) -> Architecture:
@@ -130,8 +176,6 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         "experts": config.experts.of_result or None,
         "dtype": "bf16" if config.parallel.bf16 else "fp32",
         "fp8": fp8_fields(config.fp8),
-        # not a matter of the result, but megatron-core 0.19.2 reads no optimizer state that the other kind of optimizer wrote
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "load": None if config.checkpoint.load is None else str(config.checkpoint.load),
         "transformer_config": dict(config.model.transformer_config),
     }

@@ -133,7 +133,7 @@ TWO: dict[str, tuple[object, ...]] = {
 }
 TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again distributed optimizer": ("distributed optimizer", SHARDED),
-    "distributed optimizer to tensor": ("distributed optimizer", (*TENSOR, *SHARDED)),
+    "distributed optimizer to tensor": ("distributed optimizer", TENSOR),
 }
 
 # what takes longer, marked slow
@@ -213,7 +213,7 @@ def two(runs: Runs) -> dict[str, Path]:
 def more(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[str, Path]:
     """Further runs of two processes."""
     elsewhere = {
-        "interleaved to data": ("interleaved", ()),
+        "interleaved to data": ("interleaved", SHARDED),
         "one to interleaved": (one["reference"], INTERLEAVED),
         "one to tensor": (one["reference"], TENSOR),
     }

@@ -153,7 +153,6 @@ def test_going_on_with_changed_data_is_refused(flags: Flags, stopped: Path, toke
     [
         (["--global-batch-size", 4], "belongs to a run with global_batch_size=8, and this one has global_batch_size=4"),
         (["--seed", 5], "belongs to a run with seed=1234"),
-        (["--use-distributed-optimizer"], "use_distributed_optimizer=False, and this one has use_distributed_optimizer=True"),
         (["--bf16"], "dtype='fp32', and this one has dtype='bf16'"),
         (["--num-layers", 2], "num_layers asks for num_layers=2, and the model in .* has 4"),
         (["--preset", "31M"], "preset=31M asks for num_layers=8, and the model in .* has 4; drop preset"),
@@ -201,10 +200,12 @@ def test_a_full_disk_at_save_leaves_no_checkpoint_that_a_later_run_would_take(fl
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     from megatron_instruct.errors import TrainingError
     from megatron_instruct.models.presets import make_architecture
     from megatron_instruct.training import checkpoint
 
     size = make_architecture({}, preset_name="70B", vocab_size=128256, seq_length=8192)
     with pytest.raises(TrainingError, match=r"GB free, and a checkpoint of this model takes about 8\d\d\.\d GB"):
-        checkpoint._check_disk(tmp_path, size)
+        checkpoint._check_disk(tmp_path, size, torch.float32)

@@ -16,6 +16,14 @@ class CheckpointOptions:
     """Checkpoint folder to start from (weights only), as convert_checkpoint.py or pretrain.py wrote it."""
     save_interval: int | None = None
     """Steps between checkpoints; the last step is always saved."""
+    async_save: bool = False
+    """Write checkpoints by a process beside each rank while the next steps run."""
+    keep_last: int | None = None
+    """Newest checkpoints that are kept; by default all are."""
+    save_retain_interval: int | None = None
+    """Checkpoints of iterations that are a multiple of this are kept; of the others the newest (keep_last of them)."""
+    verify_integrity: bool = True
+    """Read every file of a checkpoint against its checksum before starting from it; a resume passes over a damaged one."""
     log_interval: int = 1
     """Steps between lines of progress."""
     eval_interval: int | None = None
@@ -26,7 +34,12 @@ class CheckpointOptions:
     """Folder of TensorBoard event files."""
 
     def __post_init__(self) -> None:
-        for name in ("save_interval", "log_interval", "eval_interval", "eval_iters"):
+        for name in ("save_interval", "keep_last", "save_retain_interval", "log_interval", "eval_interval", "eval_iters"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; leave it out to switch it off.")
+        if self.save_retain_interval is not None and (self.save_interval is None or self.save_retain_interval % self.save_interval):
+            raise ConfigError(
+                f"save_retain_interval={self.save_retain_interval} must be a multiple of save_interval={self.save_interval}: "
+                "only what is saved can be kept."
+            )

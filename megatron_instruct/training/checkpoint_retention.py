@@ -1,0 +1,46 @@
+"""Which checkpoints of a run are kept, and how the others go. Does not know: torch.
+
+A checkpoint that goes is renamed first: no folder with a checkpoint's name ever is half there. What a killed process leaves of it is
+removed by the next one.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_instruct.models.checkpoint_folder import iteration_folder, iterations
+
+_GOING = ".deleted"
+
+
+def expendable(saved: Iterable[int], *, keep_last: int | None, retain_interval: int | None) -> list[int]:
+    """Return the iterations to delete, oldest first: all but the newest `keep_last` (1 where only the interval is given) and the
+    multiples of `retain_interval`. Without either, none; the newest never.
+    """
+    if keep_last is None and retain_interval is None:
+        return []
+    older = sorted(saved)[: -(keep_last or 1)]
+    return [number for number in older if retain_interval is None or number % retain_interval]
+
+
+def delete_expendable(folder: Path, *, keep_last: int | None, retain_interval: int | None) -> None:
+    """Delete what is not to be kept of a folder whose newest checkpoint is whole. For one process only."""
+    present = [number for number in iterations(folder) if iteration_folder(folder, number).is_dir()]
+    for number in expendable(present, keep_last=keep_last, retain_interval=retain_interval):
+        delete(iteration_folder(folder, number))
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint, or what is there under its name; nothing where there is nothing."""
+    if path.exists():
+        going = path.with_name(path.name + _GOING)
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+    clear_deleted(path.parent)
+
+
+def clear_deleted(folder: Path) -> None:
+    """Remove what is left of checkpoints that were being deleted."""
+    for going in folder.glob(f"iter_*{_GOING}"):
+        shutil.rmtree(going, ignore_errors=True)
