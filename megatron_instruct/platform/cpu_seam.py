@@ -83,9 +83,9 @@ def _distributed_optimizer_state(original: Callable[..., Any]) -> Callable[..., 
     return set_states
 
 
-def _split_sizes_as_lists(original: Callable[..., Any]) -> Callable[..., Any]:
+def _split_sizes_as_arrays(original: Callable[..., Any]) -> Callable[..., Any]:
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else original(tensor, as_numpy, record_stream)
 
     return move
 
@@ -132,8 +132,8 @@ REPLACEMENTS = (
     ),
     Replacement(
         symbol="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
-        why="all-to-all of tokens to experts wants the numbers of tokens as a list, and gets a tensor where it is on the CPU already",
-        make=_split_sizes_as_lists,
+        why="all-to-all of tokens to experts wants their numbers as numpy arrays, and gets tensors where they are on the CPU already",
+        make=_split_sizes_as_arrays,
     ),
     Replacement(
         symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
