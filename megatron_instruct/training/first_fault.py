@@ -59,7 +59,8 @@ class Faults:
                     hooks.callback(module.register_forward_hook(self._look_at_output(number, name)).remove)
                 for name, parameter in model.named_parameters():
                     if parameter.requires_grad:
-                        hooks.callback(parameter.register_hook(self._look_at_gradient(number, name)).remove)
+                        handle = parameter.register_hook(self._look_at_gradient(number, name))  # type: ignore[no-untyped-call]
+                        hooks.callback(handle.remove)
             yield
 
     def first(self) -> Fault | None:

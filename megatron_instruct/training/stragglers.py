@@ -39,13 +39,13 @@ class OwnTime:
         """Return the median of the calls, which another program's short turn does not move; 0 where there were none."""
         if self._cuda and self._spans:
             torch.cuda.synchronize()
-            return statistics.median(start.elapsed_time(end) for start, end in self._spans) / 1000.0
-        return statistics.median(end - start for start, end in self._spans) if self._spans else 0.0
+            return float(statistics.median(start.elapsed_time(end) for start, end in self._spans)) / 1000.0
+        return float(statistics.median(end - start for start, end in self._spans)) if self._spans else 0.0
 
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
