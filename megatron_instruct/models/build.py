@@ -25,6 +25,7 @@ from megatron_instruct.models.architecture import Architecture, RopeScaling
 from megatron_instruct.models.initialize import initialize_parameters
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform.device import Machine
+from megatron_instruct.platform.fp8_recipe import Fp8Recipe
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +51,8 @@ class BuildOptions:
     """Fields of megatron-core's TransformerConfig about experts that differ from the family's."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times the tensor ranks."""
+    fp8_emulation: Fp8Recipe | None = None
+    """What 8-bit products are imitated by, in torch's layers on any machine."""
     transformer_config: Mapping[str, Any] | None = None
     """Any other field of megatron-core's TransformerConfig."""
 
@@ -93,7 +96,7 @@ def build_model(architecture: Architecture, layout: ParallelLayout, machine: Mac
         vp_stage = chunk if layout.virtual_pipeline else None
         model = GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, architecture, machine, vp_stage),
+            transformer_layer_spec=_layer_spec(config, architecture, vp_stage, fused=_is_fused(machine, options)),
             vocab_size=padded_vocab_size(architecture, layout, options.make_vocab_size_divisible_by),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -107,6 +110,10 @@ def build_model(architecture: Architecture, layout: ParallelLayout, machine: Mac
             model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq / architecture.rotary_linear_factor
         if architecture.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
+        if options.fp8_emulation is not None:
+            from megatron_instruct.platform.fp8_emulation import EmulatedDecoder
+
+            EmulatedDecoder(model.decoder, options.fp8_emulation, num_layers=architecture.num_layers)
         if options.weights == "random":
             initialize_parameters(model, architecture, seed=options.seed)
         chunks.append(model.to(machine.device))
@@ -150,9 +157,9 @@ def make_transformer_config(
         "calculate_per_token_loss": True,  # the loss is a mean over the tokens of the global batch, however it is cut
         "deallocate_pipeline_outputs": True,
         **_NO_DROPOUT,
-        **(_CUDA_SETTINGS if machine.is_cuda else _CPU_SETTINGS),
+        **(_CUDA_SETTINGS if _is_fused(machine, options) else _CPU_SETTINGS),
     }
-    settings |= _window_settings(architecture) | _expert_settings(architecture, machine, options.experts or {})
+    settings |= _window_settings(architecture) | _expert_settings(architecture, options.experts or {}, fused=_is_fused(machine, options))
     if layout.virtual_pipeline is not None:
         # On gloo, batched point-to-point calls of the interleaved schedule pair up wrongly without an error (megatron-core 0.19.2).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -194,7 +201,7 @@ def _window_settings(architecture: Architecture) -> dict[str, Any]:
     return {"window_size": (architecture.sliding_window - 1, 0), "window_attn_skip_freq": has_window}
 
 
-def _expert_settings(architecture: Architecture, machine: Machine, given: Mapping[str, Any]) -> dict[str, Any]:
+def _expert_settings(architecture: Architecture, given: Mapping[str, Any], *, fused: bool) -> dict[str, Any]:
     """Softmax over the chosen experts' scores, no token dropped, the load-balancing loss of each microbatch added in training."""
     if not architecture.parts.experts:
         if given:
@@ -209,7 +216,7 @@ def _expert_settings(architecture: Architecture, machine: Machine, given: Mappin
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": architecture.router_aux_loss_coef or 0.0,
-        "moe_grouped_gemm": machine.is_cuda,
+        "moe_grouped_gemm": fused,
         "moe_token_dispatcher_type": "alltoall",
         **given,
     }
@@ -225,10 +232,15 @@ def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     return dict(extra)
 
 
-def _layer_spec(config: TransformerConfig, architecture: Architecture, machine: Machine, vp_stage: int | None) -> Any:
-    """Transformer Engine's layers on CUDA, torch's on CPU."""
+def _is_fused(machine: Machine, options: BuildOptions) -> bool:
+    """Whether layers are Transformer Engine's; torch's otherwise."""
+    return machine.is_cuda and options.fp8_emulation is None
+
+
+def _layer_spec(config: TransformerConfig, architecture: Architecture, vp_stage: int | None, *, fused: bool) -> Any:
+    """Transformer Engine's layers, or torch's."""
     parts = architecture.parts
-    if machine.is_cuda:
+    if fused:
         try:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:

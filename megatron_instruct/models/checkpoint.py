@@ -10,6 +10,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_instruct.errors import InputError
 from megatron_instruct.models.checkpoint_writing import StateWriting
 
+_FP8_STATE = ".fp8._extra_state"
+"""End of the names of what layers that emulate FP8 remember of a run, and no weight."""
+
 
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     """Return the sharded state of a rank's model chunks, under names that do not depend on the layout."""
@@ -25,7 +28,9 @@ def save_weights(path: Path, chunks: Sequence[GPTModel]) -> None:
 
 def load_weights(path: Path, chunks: Sequence[GPTModel]) -> None:
     """Fill a rank's model chunks from a checkpoint of any layout. Raises InputError where it does not fit the model."""
-    state = dist_checkpointing.load(model_state(chunks), str(path))
+    parts = model_state(chunks).items()
+    wanted = {part: {name: value for name, value in state.items() if not name.endswith(_FP8_STATE)} for part, state in parts}
+    state = dist_checkpointing.load(wanted, str(path))
     fill(chunks, state)
 
 

@@ -27,10 +27,10 @@ from megatron_instruct.models.checkpoint_writing import StateWriting
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.checkpoint_retention import clear_deleted, delete, delete_expendable
 from megatron_instruct.training.checkpoint_state import layout_facts, load_state, state_of, uses_random_streams
-from megatron_instruct.training.optimizer import updates_done
+from megatron_instruct.training.optimizer import loss_scaling_state, restore_loss_scaling, updates_done
 from megatron_instruct.training.settings.checkpoint import CheckpointOptions
 
-_BYTES_PER_PARAMETER = {torch.float32: 12, torch.bfloat16: 14}
+_BYTES_PER_PARAMETER = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 14}
 """Weights, fp32 master weights where the weights are not fp32, two moments."""
 
 
@@ -89,6 +89,7 @@ class Checkpoints:
             "checkpoint_format": CHECKPOINT_FORMAT,
             "layout": layout_facts(),
             "optimizer_updates": updates_done(self._optimizer),
+            "loss_scaling": loss_scaling_state(self._optimizer),
         }
         partial = self._final(iteration).with_name(self._final(iteration).name + TEMPORARY_SUFFIX)
         try:
@@ -171,6 +172,7 @@ def resume(path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, iteration:
             seed=manifest.settings["seed"] + iteration,
             same_layout=same_layout,
         )
+        restore_loss_scaling(optimizer, manifest.facts.get("loss_scaling"), machine)
     except (CheckpointException, OSError) as error:
         raise InputError(
             f"{path} cannot be read ({str(error).splitlines()[-1]}); start again with --verify-integrity, which finds what is damaged."

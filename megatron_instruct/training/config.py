@@ -1,6 +1,7 @@
 """Settings of tools/pretrain.py: the groups put together, and what must hold between them."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.training.phases import PlacedPhase, parse_phases, place_phases
@@ -12,7 +13,7 @@ from megatron_instruct.training.settings.experts import ExpertOptions
 from megatron_instruct.training.settings.faults import FaultOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
-from megatron_instruct.training.settings.precision import Fp8Options
+from megatron_instruct.training.settings.precision import Fp8Options, PrecisionOptions
 from megatron_instruct.training.settings.watching import WatchOptions
 
 
@@ -23,6 +24,7 @@ class PretrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     experts: ExpertOptions = field(default_factory=ExpertOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     fp8: Fp8Options = field(default_factory=Fp8Options)
     batch: BatchOptions
     data: DataOptions
@@ -31,8 +33,15 @@ class PretrainConfig:
     faults: FaultOptions = field(default_factory=FaultOptions)
     dry: DryRunOptions = field(default_factory=DryRunOptions)
 
+    @property
+    def dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Of parameters and activations."""
+        return "bf16" if self.parallel.bf16 else "fp16" if self.precision.fp16 else "fp32"
+
     def __post_init__(self) -> None:
-        if self.fp8.fp8_format is not None and not self.parallel.bf16:
+        if self.parallel.bf16 and self.precision.fp16:
+            raise ConfigError("bf16=True and fp16=True exclude each other; drop one.")
+        if self.fp8.fp8_format is not None and not self.parallel.bf16 and not self.fp8.fp8_emulation:
             raise ConfigError(f"fp8_format={self.fp8.fp8_format} needs bf16=True, for all that is not computed in 8 bits; set it.")
         if self.batch.rampup_batch_size is not None and self.data.phases:
             raise ConfigError("rampup_batch_size does not go with phases, which end at steps of one size; drop either.")

@@ -97,7 +97,7 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
 def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
     """The estimate of tools/plan.py for these very settings."""
     gpu = find_gpu(config.dry.gpu)
-    precision: Precision = "fp8" if config.fp8.fp8_format else "bf16" if config.parallel.bf16 else "fp32"
+    precision: Precision = "fp8" if config.fp8.fp8_format else "fp32" if config.dtype == "fp32" else "bf16"
     check_precision(gpu, precision)
     execution = Execution(
         layout=layout,

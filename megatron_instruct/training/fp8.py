@@ -9,6 +9,7 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.fp8_sizes import check_fp8_sizes
 from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.platform.fp8_recipe import Fp8Recipe
 from megatron_instruct.training.settings.precision import Fp8Options
 
 Capability = tuple[int, int]
@@ -21,8 +22,8 @@ _NEEDS: dict[str, tuple[Capability, str]] = {
 """The least compute capability, and the kind of GPU that has it first."""
 
 
-def fp8_fields(options: Fp8Options) -> dict[str, Any]:
-    """Return what TransformerConfig is to be given; nothing without FP8."""
+def _settings(options: Fp8Options) -> dict[str, Any]:
+    """Return the settings under the names of TransformerConfig's fields, as far as the recipe has them; nothing without FP8."""
     if options.fp8_format is None:
         return {}
     fields: dict[str, Any] = {"fp8": options.fp8_format, "fp8_recipe": options.fp8_recipe}
@@ -41,6 +42,32 @@ def fp8_fields(options: Fp8Options) -> dict[str, Any]:
     return fields
 
 
+def fp8_emulation(options: Fp8Options) -> Fp8Recipe | None:
+    """Return what is to be emulated; None without --fp8-emulation."""
+    if options.fp8_format is None or not options.fp8_emulation:
+        return None
+    delayed = options.fp8_recipe == "delayed"
+    return Fp8Recipe(
+        format=options.fp8_format,
+        recipe=options.fp8_recipe,
+        amax_history_len=options.fp8_amax_history_len if delayed else 1,
+        amax_compute_algo=options.fp8_amax_compute_algo if delayed else "most_recent",
+        margin=options.fp8_margin if delayed else 0,
+        layers_left_at_start=options.num_layers_at_start_in_bf16 if options.first_last_layers_bf16 else 0,
+        layers_left_at_end=options.num_layers_at_end_in_bf16 if options.first_last_layers_bf16 else 0,
+    )
+
+
+def fp8_identity(options: Fp8Options) -> dict[str, Any]:
+    """Return what of the settings decides the result of a run."""
+    return _settings(options) | ({"emulation": True} if options.fp8_emulation else {})
+
+
+def fp8_fields(options: Fp8Options) -> dict[str, Any]:
+    """Return what TransformerConfig is to be given; nothing without FP8, or where it is emulated."""
+    return {} if options.fp8_emulation else _settings(options)
+
+
 def check_fp8(
     options: Fp8Options, architecture: Architecture, layout: ParallelLayout, *, tokens: int, capability: Capability | None
 ) -> None:
@@ -50,11 +77,13 @@ def check_fp8(
     """
     if options.fp8_format is None:
         return
+    check_fp8_sizes(options.fp8_recipe, architecture, layout, tokens=tokens)
+    if options.fp8_emulation:
+        return
     least, kind = _NEEDS[options.fp8_recipe]
     if capability is None or capability < least:
         found = "there is no GPU" if capability is None else f"this GPU has {capability[0]}.{capability[1]}"
         raise ConfigError(
             f"fp8_format={options.fp8_format} with fp8_recipe={options.fp8_recipe} needs a GPU of compute capability "
-            f"{least[0]}.{least[1]} ({kind}) or newer, and {found}; drop fp8_format, or take another recipe."
+            f"{least[0]}.{least[1]} ({kind}) or newer, and {found}; drop fp8_format, take another recipe, or name fp8_emulation."
         )
-    check_fp8_sizes(options.fp8_recipe, architecture, layout, tokens=tokens)

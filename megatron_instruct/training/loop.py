@@ -23,15 +23,15 @@ from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.expert_losses import mean_expert_losses
-from megatron_instruct.training.fp8 import check_fp8, fp8_fields
+from megatron_instruct.training.fp8 import check_fp8, fp8_emulation, fp8_fields
 from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.metrics import Metrics
-from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_instruct.training.optimizer import loss_scale, make_optimizer, make_scheduler, updates_done, wrap_data_parallel
 from megatron_instruct.training.phases import own_rate, set_rate
 from megatron_instruct.training.samples import Prompts, generate, read_prompts
 from megatron_instruct.training.sources import DataSources
 from megatron_instruct.training.start import Start
-from megatron_instruct.training.step import StepShape, validate
+from megatron_instruct.training.step import StepShape, check_overflows, validate
 from megatron_instruct.training.stopping import ExitRequests, StoppedEarly, reason_of
 from megatron_instruct.training.streams import Replayable
 
@@ -79,13 +79,14 @@ def build_run(
     check_fp8(config.fp8, start.architecture, layout, tokens=tokens, capability=compute_capability(machine))
     join_model_parallel_groups(layout, seed=config.batch.seed)
     options = BuildOptions(
-        dtype="bf16" if config.parallel.bf16 else "fp32",
+        dtype=config.dtype,
         seed=config.batch.seed,
         recompute=config.parallel.recompute_granularity,
         recompute_method=config.parallel.recompute_method or "uniform",
         recompute_num_layers=config.parallel.recompute_num_layers or 1,
         experts=config.experts.megatron_fields,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        fp8_emulation=fp8_emulation(config.fp8),
         transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
     )
     models = build_model(start.architecture, layout, machine, options)
@@ -94,7 +95,7 @@ def build_run(
     for model in models if config.batch.z_loss_coeff else ():
         add_z_loss(model, config.batch.z_loss_coeff)
     chunks = wrap_data_parallel(models, config.parallel)
-    optimizer = make_optimizer(chunks, config.parallel, config.batch, machine)
+    optimizer = make_optimizer(chunks, config.parallel, config.batch, machine, config.precision)
     if start.path is not None and start.resumes:
         resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
     scheduler = make_scheduler(optimizer, config.batch)
@@ -143,7 +144,7 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
         _sample(run, metrics, 0)
     metrics.restart_clock(run.start_iteration)
     losses: list[float] = []
-    grad_norm, microbatches = 0.0, 0
+    grad_norm, microbatches, overflows_in_a_row = 0.0, 0, 0
     phases = run.config.phases
     for iteration in range(run.start_iteration + 1, plan.train_iters + 1):
         last = iteration == plan.train_iters
@@ -159,7 +160,9 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
             metrics.restart_clock(iteration)
         if outcome.result is not None:
             losses.append(outcome.result.loss)
-            grad_norm = outcome.result.grad_norm
+            overflows_in_a_row = overflows_in_a_row + 1 if outcome.result.overflowed else 0
+            check_overflows(overflows_in_a_row, outcome.result)
+            grad_norm = grad_norm if outcome.result.grad_norm is None else outcome.result.grad_norm
         checkpoints.poll()
         saves = last or outcome.exit_code > 0 or (options.save_interval is not None and iteration % options.save_interval == 0)
         if losses and (saves or iteration % options.log_interval == 0):  # at a save too: a resumed run then logs the same means
@@ -167,6 +170,9 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
             more: dict[str, float] = {} if plan.ramp is None else {"batch_size": plan.batch_size(iteration)}
             if run.architecture.num_experts is not None:
                 more |= mean_expert_losses(layers=run.architecture.num_layers, microbatches=microbatches)
+            if run.config.precision.fp16:
+                more |= {"loss_scale": loss_scale(run.optimizer)}
+                faults = {**faults, "overflows": iteration - (updates_done(run.optimizer) or 0) - faults["skipped"]}
             metrics.training(iteration, loss=mean, lr=lr, grad_norm=grad_norm, faults=faults, more=more)
             losses.clear()
             microbatches = 0
@@ -242,7 +248,7 @@ def _shape(run: Run, num_microbatches: int) -> StepShape:
         micro_batch_size=batch.micro_batch_size,
         seq_length=batch.seq_length,
         document_end=run.document_end if run.config.data.reset_attention_mask else None,
-        packs=run.machine.device.type == "cuda",
+        packs=run.machine.is_cuda and not run.config.fp8.fp8_emulation,
     )
 
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
+from megatron_instruct.training.settings.precision import PrecisionOptions
 
 
 def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> list[DistributedDataParallel]:
@@ -33,7 +34,7 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> 
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the step looks at the loss, the optimizer at the norm
     )
-    modules = [Float16Module(config, chunk) for chunk in chunks] if options.bf16 else list(chunks)
+    modules = [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else list(chunks)
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
         for number, module in enumerate(modules)
@@ -44,12 +45,18 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> 
     return wrapped
 
 
-def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelOptions, batch: BatchOptions, machine: Machine) -> Any:
+def make_optimizer(
+    chunks: Sequence[DistributedDataParallel],
+    options: ParallelOptions,
+    batch: BatchOptions,
+    machine: Machine,
+    precision: PrecisionOptions | None = None,
+) -> Any:
     """Return AdamW as megatron-core builds it: sharded over data-parallel ranks where asked, with fp32 master weights under bf16.
 
     It is the fused one of Transformer Engine or apex on CUDA, torch's one-pass kernel on CPU.
     """
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    config, scaling = chunks[0].config, precision or PrecisionOptions()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -60,16 +67,23 @@ def make_optimizer(chunks: Sequence[DistributedDataParallel], options: ParallelO
             adam_beta2=batch.adam_beta2,
             adam_eps=batch.adam_eps,
             clip_grad=batch.clip_grad,
-            bf16=options.bf16,
-            params_dtype=dtype,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            params_dtype=config.params_dtype,
+            loss_scale=scaling.loss_scale,
+            initial_loss_scale=scaling.initial_loss_scale,
+            min_loss_scale=scaling.min_loss_scale,
+            loss_scale_window=scaling.loss_scale_window,
+            hysteresis=scaling.hysteresis,
             use_distributed_optimizer=options.use_distributed_optimizer,
             overlap_param_gather=options.overlap_param_gather,
         ),
         list(chunks),
         config_overrides=_weight_decay(batch) if batch.no_weight_decay_on_embeddings else None,
     )
-    get_config = chunks[0].config
-    get_config.grad_scale_func = optimizer.scale_loss
+    config.grad_scale_func = optimizer.scale_loss
+    if config.fp16:
+        _allocate(optimizer, machine)
     if not machine.is_cuda:
         for inner in torch_optimizers(optimizer):
             for group in inner.param_groups:
@@ -82,6 +96,44 @@ def _weight_decay(batch: BatchOptions) -> dict[ParamKey, ParamGroupOverride]:
     exempt = ParamGroupOverride(wd_mult=0.0)
     standard = get_standard_config_overrides(OptimizerConfig(optimizer="adam", lr=batch.lr))
     return {**standard, ParamKey(attr="is_embedding_or_output_parameter"): exempt}
+
+
+def _allocate(optimizer: Any, machine: Machine) -> None:
+    """Allocate the moments, which a checkpoint needs even where every step before it overflowed."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if machine.is_cuda:
+            part.init_state_fn(part.optimizer, part.config)
+        elif isinstance(part.optimizer, torch.optim.Adam):
+            _fill_with_zeros(part.optimizer)
+
+
+def _fill_with_zeros(optimizer: torch.optim.Optimizer, *, step: float = 0.0) -> None:
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(step),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def loss_scale(optimizer: Any) -> float:
+    """Return what the loss is multiplied with before the next backward pass."""
+    return float(optimizer.get_loss_scale())
+
+
+def loss_scaling_state(optimizer: Any) -> dict[str, Any] | None:
+    """Return the scale of the loss and what decides its next change, for a checkpoint; None where there is no scale that changes."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        state = part.grad_scaler.state_dict() if getattr(part, "grad_scaler", None) is not None else {}
+        if state:
+            return {**state, "scale": float(state["scale"])}
+    return None
+
+
+def restore_loss_scaling(optimizer: Any, state: dict[str, Any] | None, machine: Machine) -> None:
+    """Go on with the scale of the loss that a checkpoint names."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]) if state is not None else ():
+        part.grad_scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]], device=machine.device)})
 
 
 def make_scheduler(optimizer: MegatronOptimizer, batch: BatchOptions) -> OptimizerParamScheduler:
@@ -121,12 +173,9 @@ def prepare_for_loading(optimizer: Any, machine: Machine) -> None:
         return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
-            for parameter in _parameters(part.optimizer):
-                part.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+            _fill_with_zeros(part.optimizer)
+        elif part.config.fp16 and isinstance(part.optimizer, torch.optim.Adam):
+            _fill_with_zeros(part.optimizer, step=1.0)  # megatron-core 0.19.2 leaves a step of 0 out and then misses it
 
 
 def updates_done(optimizer: Any) -> int | None:

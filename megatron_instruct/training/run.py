@@ -150,7 +150,7 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     first = torch.distributed.get_rank() == 0
     start = whole_start(config, start, identity)
     parts = build_run(config, start, layout, plan, sources, machine, identity)
-    peak = device.peak_flops(machine, "fp8" if config.fp8.fp8_format else "bf16" if config.parallel.bf16 else "fp32")
+    peak = device.peak_flops(machine, "fp8" if config.fp8.fp8_format and not config.fp8.fp8_emulation else config.dtype)
     size = RunSize(
         train_iters=plan.train_iters,
         tokens_per_iteration=plan.global_batch_size * config.batch.seq_length,

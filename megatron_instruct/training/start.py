@@ -16,7 +16,7 @@ from megatron_instruct.models.presets import make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.checkpoint_choice import check_identity, damage_of, newest_candidate
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.fp8 import fp8_fields
+from megatron_instruct.training.fp8 import fp8_identity
 from megatron_instruct.training.phases import with_free_phases
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.model import ModelOptions
@@ -174,8 +174,9 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         **{name: getattr(batch, name) for name in _RESULT_SETTINGS if name not in batch.of_optional_parts},
         **batch.of_optional_parts,
         "experts": config.experts.of_result or None,
-        "dtype": "bf16" if config.parallel.bf16 else "fp32",
-        "fp8": fp8_fields(config.fp8),
+        "dtype": config.dtype,
+        "loss_scaling": config.precision.loss_scaling,
+        "fp8": fp8_identity(config.fp8),
         "load": None if config.checkpoint.load is None else str(config.checkpoint.load),
         "transformer_config": dict(config.model.transformer_config),
     }

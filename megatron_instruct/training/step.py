@@ -20,6 +20,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.training.documents import COMPONENT, Batch, as_one_sequence, forbidden_attention
 
+_MOST_OVERFLOWS_IN_A_ROW = 50
+"""A scale of the loss of 2^32 is at 1 after 33 of them."""
 _REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
 
@@ -54,8 +56,12 @@ class StepResult:
 
     loss: float
     """Mean over the tokens of the global batch, in nats."""
-    grad_norm: float
-    """Norm of the whole gradient before clipping."""
+    grad_norm: float | None
+    """Norm of the whole gradient before clipping; None where it overflowed in fp16, and the weights stayed as they were."""
+
+    @property
+    def overflowed(self) -> bool:
+        return self.grad_norm is None
 
 
 def compute_gradients(
@@ -79,10 +85,21 @@ def gradient_is_finite(chunks: Sequence[DistributedDataParallel], optimizer: Meg
 def update(optimizer: MegatronOptimizer, loss: float) -> StepResult:
     """Update the weights by the gradients of a step with this loss. Raises TrainingError where their norm is not finite."""
     updated, norm, _ = optimizer.step()
+    if not updated and optimizer.config.fp16:
+        return StepResult(loss=loss, grad_norm=None)
     grad_norm = float(norm or 0.0)
     if not updated or not math.isfinite(grad_norm):
         raise TrainingError(f"the norm of the gradient is {grad_norm} at a loss of {loss:.4f}; {_REMEDY}")
     return StepResult(loss=loss, grad_norm=grad_norm)
+
+
+def check_overflows(in_a_row: int, result: StepResult) -> None:
+    """Raise TrainingError where so many steps in a row overflowed that no scale of the loss helps."""
+    if in_a_row >= _MOST_OVERFLOWS_IN_A_ROW:
+        raise TrainingError(
+            f"the gradients of {in_a_row} steps in a row overflowed in fp16, the last one at a loss of {result.loss:.4f}; "
+            "lower loss_scale or min_loss_scale, or use bf16. The last checkpoint is untouched."
+        )
 
 
 def validate(chunks: Sequence[DistributedDataParallel], data: Sequence[Iterator[Batch]], shape: StepShape) -> Validation:

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore"),
 ]
-BF16 = ("--bf16", "--hidden-size", 256, "--ffn-hidden-size", 512, "--num-attention-heads", 4, "--num-query-groups", 2)
+SIZES = ("--hidden-size", 256, "--ffn-hidden-size", 512, "--num-attention-heads", 4, "--num-query-groups", 2)
 """Heads of 64 numbers, as the fused kernels want."""
 LAYOUTS: dict[str, tuple[object, ...]] = {"plain": (), "distributed optimizer": SHARDED}
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,11 +33,13 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 def launch(flags: Callable[..., list[str]]) -> Launch:
     """Run pretrain.py, or another script with its flags, in so many processes that torchrun starts."""
 
-    def run(processes: int, save: Path, *more: object, script: tuple[object, ...] = (PRETRAIN,)) -> subprocess.CompletedProcess[str]:
+    def run(
+        processes: int, save: Path, *more: object, script: tuple[object, ...] = (PRETRAIN,), dtype: str | None = "--bf16"
+    ) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         # attention's backward pass otherwise adds in an order of its own each time
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-        command = [*launcher, *map(str, script), *flags(save, *BF16, *more)]
+        command = [*launcher, *map(str, script), *flags(save, *SIZES, *([dtype] if dtype else []), *more)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         return result
@@ -82,11 +84,42 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole: tuple[Path, str, tup
         assert (mine_saved[name] - theirs_saved[name]).norm() <= 0.01 * theirs_saved[name].norm(), name
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_learns_as_bf16_does(recipe: str, launch: Launch, tmp_path: Path) -> None:
+def test_fp16_learns_as_fp32_does_and_goes_on_with_its_scale(launch: Launch, tmp_path: Path) -> None:
+    scaling = ("--initial-loss-scale", 2.0**15, "--loss-scale-window", 5, "--hysteresis", 1)
+    launch(1, tmp_path / "fp16", *scaling, dtype="--fp16")
+    launch(1, tmp_path / "fp32", dtype=None)
+    found, wanted = read_metrics(tmp_path / "fp16").training, read_metrics(tmp_path / "fp32").training
+    assert found[0][1] == pytest.approx(wanted[0][1], abs=0.01)
+    assert found[-1][1] == pytest.approx(wanted[-1][1], abs=0.25)
+    stop_at(tmp_path / "fp16", STOP, tmp_path / "again")
+    launch(1, tmp_path / "again", *scaling, dtype="--fp16")
+    again, whole = (
+        [json.loads(line).get("loss_scale") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("again", "fp16")
+    )
+    assert again == whole
+
+
+def _skip_without(recipe: str) -> None:
     least = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}[recipe]
     if torch.cuda.get_device_capability(0) < least:
         pytest.skip(f"{recipe} needs compute capability {least}")
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_the_emulation_follows_the_hardware(recipe: str, launch: Launch, tmp_path: Path) -> None:
+    _skip_without(recipe)
+    fp8 = ("--fp8-format", "hybrid", "--fp8-recipe", recipe)
+    launch(1, tmp_path / "hardware", *fp8)
+    launch(1, tmp_path / "emulated", *fp8, "--fp8-emulation")
+    found, wanted = read_metrics(tmp_path / "emulated").training, read_metrics(tmp_path / "hardware").training
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine[1] == pytest.approx(theirs[1], abs=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_learns_as_bf16_does(recipe: str, launch: Launch, tmp_path: Path) -> None:
+    _skip_without(recipe)
     launch(1, tmp_path / "fp8", "--fp8-format", "hybrid", "--fp8-recipe", recipe)
     launch(1, tmp_path / "bf16")
     found, wanted = read_metrics(tmp_path / "fp8").training, read_metrics(tmp_path / "bf16").training
