@@ -192,7 +192,7 @@ def _on_first_rank(action: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def _not_written(path: Path, error: Exception) -> TrainingError:
+def _not_written(path: Path, error: BaseException) -> TrainingError:
     return TrainingError(
         f"the checkpoint {path} could not be written ({str(error).splitlines()[-1]}); mend this (is the disk full?) and run the same "
         "command again: it goes on from the last checkpoint."

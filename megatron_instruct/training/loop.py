@@ -92,8 +92,9 @@ def build_run(
     models = build_model(start.architecture, layout, machine, options)
     if start.path is not None and not start.resumes:
         load_weights(start.path, models)
-    for model in models if config.batch.z_loss_coeff else ():
-        add_z_loss(model, config.batch.z_loss_coeff)
+    if config.batch.z_loss_coeff:
+        for model in models:
+            add_z_loss(model, config.batch.z_loss_coeff)
     chunks = wrap_data_parallel(models, config.parallel)
     optimizer = make_optimizer(chunks, config.parallel, config.batch, machine, config.precision)
     if start.path is not None and start.resumes:

@@ -132,7 +132,9 @@ def loss_scaling_state(optimizer: Any) -> dict[str, Any] | None:
 
 def restore_loss_scaling(optimizer: Any, state: dict[str, Any] | None, machine: Machine) -> None:
     """Go on with the scale of the loss that a checkpoint names."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]) if state is not None else ():
+    if state is None:
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.grad_scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]], device=machine.device)})
 
 
