@@ -61,9 +61,9 @@ class Training:
             yield {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
 
     def step(self) -> float:
-        from megatron_instruct.training.step import train_step
+        from megatron_instruct.training.step import compute_gradients, update
 
-        return _seconds(lambda: train_step(self.chunks, self.optimizer, [self.data], self.shape))
+        return _seconds(lambda: update(self.optimizer, compute_gradients(self.chunks, self.optimizer, [self.data], self.shape)))
 
 
 def saving(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

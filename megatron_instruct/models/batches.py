@@ -101,13 +101,13 @@ def cut_batch(
         train_iters=train_iters,
         ramp=ramp,
     )
-    for size in ramp.sizes(global_batch_size) if ramp is not None else ():
-        if size % unit:
-            raise ConfigError(
-                f"rampup_batch_size={ramp.start} {ramp.increment} {ramp.samples} has steps of {size} sequences, not a multiple of "
-                f"micro_batch_size * data_parallel_size = {micro_batch_size} * {layout.data} = {unit}; "
-                f"make both of its sizes multiples of {unit}."
-            )
+    odd = next((size for size in ramp.sizes(global_batch_size) if size % unit), None) if ramp is not None else None
+    if ramp is not None and odd is not None:
+        raise ConfigError(
+            f"rampup_batch_size={ramp.start} {ramp.increment} {ramp.samples} has steps of {odd} sequences, not a multiple of "
+            f"micro_batch_size * data_parallel_size = {micro_batch_size} * {layout.data} = {unit}; "
+            f"make both of its sizes multiples of {unit}."
+        )
     for size in {global_batch_size, *(ramp.sizes(global_batch_size) if ramp is not None else ())}:
         if layout.virtual_pipeline is not None and size // unit % layout.pipeline:
             raise ConfigError(

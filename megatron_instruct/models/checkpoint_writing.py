@@ -51,7 +51,8 @@ class StateWriting:
     def finished(self, *, wait: bool) -> bool:
         """Say whether every rank's files are written, or wait until they are. Raises CheckpointException where one failed."""
         self._queue.maybe_finalize_async_calls(blocking=wait)
-        return self._queue.get_num_unfinalized_calls() == 0
+        unfinished: int = self._queue.get_num_unfinalized_calls()
+        return unfinished == 0
 
     def records(self) -> dict[Path, FileRecord]:
         """Return what all ranks wrote, by file; on the first rank only. To be called once, when the files are written."""

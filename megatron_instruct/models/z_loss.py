@@ -31,5 +31,5 @@ def _log_z(logits_SBV: torch.Tensor) -> torch.Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     largest = logits.detach().amax(-1)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    total = reduce_from_tensor_model_parallel_region((logits - largest[..., None]).exp().sum(-1), group=group)
+    total: torch.Tensor = reduce_from_tensor_model_parallel_region((logits - largest[..., None]).exp().sum(-1), group=group)
     return total.log() + largest

@@ -13,7 +13,7 @@ Shapes: T tokens, I inputs, O outputs of the layer on this rank.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from megatron_instruct.platform.fp8_recipe import Fp8Recipe
 
 _INPUT, _WEIGHT, _GRADIENT = range(3)
 _BLOCK, _SMALL_BLOCK = 128, 32
-_DTYPES = {"e4m3": (E4M3, E4M3, E4M3), "hybrid": (E4M3, E4M3, E5M2)}
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"e4m3": (E4M3, E4M3, E4M3), "hybrid": (E4M3, E4M3, E5M2)}
 """Of input, weight and gradient."""
 
 
@@ -63,7 +63,7 @@ class EmulatedProduct(torch.nn.Module):
         if not input.numel():  # an expert without tokens
             return torch.nn.functional.linear(input, weight, bias)
         scale_N, records = self._scales()
-        output: torch.Tensor = _Product.apply(input, weight, self, scale_N, records)
+        output: torch.Tensor = _Product.apply(input, weight, self, scale_N, records)  # type: ignore[no-untyped-call]
         return output if bias is None else output + bias
 
     def _scales(self) -> tuple[torch.Tensor, bool]:
@@ -192,7 +192,7 @@ class EmulatedDecoder:
             )
 
 
-def _linears(layer: Iterable[Any] | Any) -> Iterator[torch.nn.Module]:
+def _linears(layer: Any) -> Iterator[torch.nn.Module]:
     """Yield the linear layers in a fixed order; the router of experts is none of them."""
     for module in layer.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):

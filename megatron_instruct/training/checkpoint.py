@@ -96,7 +96,7 @@ class Checkpoints:
             writing = StateWriting(partial, state_of(self._chunks, self._optimizer), beside=self._options.async_save)
         except (CheckpointException, OSError) as error:
             with folder:
-                raise _not_written(partial, error) from error
+                raise _not_written(self._final(iteration), error) from error
         self._pending = _Pending(iteration=iteration, writing=writing, folder=folder, facts=facts, since=since)
         if not self._options.async_save:
             self.finish()
