@@ -160,6 +160,8 @@ def make_transformer_config(
         **(_CUDA_SETTINGS if _is_fused(machine, options) else _CPU_SETTINGS),
     }
     settings |= _window_settings(architecture) | _expert_settings(architecture, options.experts or {}, fused=_is_fused(machine, options))
+    if machine.backend == "gloo" and layout.expert > 1 and layout.tensor_of_experts > 1:
+        settings |= _without_unequal_parts(layout, options.experts or {})
     if layout.virtual_pipeline is not None:
         # On gloo, batched point-to-point calls of the interleaved schedule pair up wrongly without an error (megatron-core 0.19.2).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -220,6 +222,16 @@ def _expert_settings(architecture: Architecture, given: Mapping[str, Any], *, fu
         "moe_token_dispatcher_type": "alltoall",
         **given,
     }
+
+
+def _without_unequal_parts(layout: ParallelLayout, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Under expert and expert tensor parallelism alltoall gathers parts of unequal sizes, which gloo refuses; the result is the same."""
+    if given.get("moe_token_dispatcher_type") == "alltoall":
+        raise ConfigError(
+            f"moe_token_dispatcher_type=alltoall with expert_model_parallel_size={layout.expert} and expert_tensor_parallel_size="
+            f"{layout.tensor_of_experts} does not run on CPUs: gloo gathers no parts of unequal sizes; take allgather, or leave it out."
+        )
+    return {"moe_token_dispatcher_type": "allgather"}
 
 
 def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

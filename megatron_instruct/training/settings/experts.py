@@ -17,7 +17,7 @@ class ExpertOptions:
     moe_z_loss_coeff: float | None = None
     """Weight of the loss that keeps the router's logits small (arXiv:2202.08906); default: none."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] | None = None
-    """How tokens get to experts of other processes: all tokens to all, or each to its own (default). The result is the same."""
+    """How tokens get to experts of other processes: all to all, or each to its own (default where that runs). The result is the same."""
 
     def __post_init__(self) -> None:
         for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
