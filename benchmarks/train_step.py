@@ -45,7 +45,7 @@ def our_step(options: argparse.Namespace) -> Step:
     from megatron_instruct.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
     from megatron_instruct.training.settings.batch import BatchOptions
     from megatron_instruct.training.settings.parallel import ParallelOptions
-    from megatron_instruct.training.step import StepShape, train_step
+    from megatron_instruct.training.step import StepShape, compute_gradients, update
 
     machine = device.initialize(threads=options.threads)
     join_model_parallel_groups(ParallelLayout(), seed=1)
@@ -68,7 +68,7 @@ def our_step(options: argparse.Namespace) -> Step:
     stream = data()
 
     def step() -> float:
-        loss = train_step(chunks, optimizer, [stream], shape).loss
+        loss = update(optimizer, compute_gradients(chunks, optimizer, [stream], shape)).loss
         scheduler.step(increment=size)
         return loss
 

@@ -18,7 +18,7 @@ from megatron_instruct.platform import device
 from megatron_instruct.training.optimizer import make_optimizer, wrap_data_parallel
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
-from megatron_instruct.training.step import StepShape, train_step
+from megatron_instruct.training.step import StepShape, compute_gradients, update
 
 SEQUENCE, STEPS = 32, 3
 
@@ -47,7 +47,7 @@ def main() -> None:
         }
         before = {name: value.detach().clone() for name, value in models[0].named_parameters()}
         shape = StepShape(num_microbatches=1, micro_batch_size=2, seq_length=SEQUENCE)
-        steps = [train_step(chunks, optimizer, [iter([micro])], shape) for _ in range(STEPS)]
+        steps = [update(optimizer, compute_gradients(chunks, optimizer, [iter([micro])], shape)) for _ in range(STEPS)]
         still = [name for name, value in models[0].named_parameters() if torch.equal(value, before[name])]
         result[family] = {"losses": [step.loss for step in steps], "norms": [step.grad_norm for step in steps], "unchanged": still}
     if torch.distributed.get_rank() == 0:
