@@ -14,6 +14,7 @@ def test_every_error_has_its_own_exit_status_as_the_tree_says() -> None:
         "MissingPackageError": 4,
         "EngineError": 5,
         "TrainingError": 6,
+        "LostProcessError": 7,
     }
     assert MegatronInstructError.exit_status == 1
     for kind in kinds:

@@ -15,7 +15,7 @@ from megatron_instruct.records import InstructionPair, MShotExample, OneShotExam
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "vllm", "transformers", "megatron", "lm_eval")
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.stem != "launch")  # that one is torchrun, with its flags
 DATA_PARTS = (
     "errors",
     "config",

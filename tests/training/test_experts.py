@@ -51,11 +51,13 @@ def over_two(runs: Runs) -> dict[str, Path]:
     return runs(2, LAYOUTS, {"again": ("distributed optimizer", LAYOUTS["distributed optimizer"])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_experts_over_two_processes_equal_one(name: str, alone: dict[str, Path], over_two: dict[str, Path]) -> None:
     assert_equal_experts(over_two[name], alone["reference"])
 
 
+@pytest.mark.slow
 def test_a_run_with_experts_goes_on_as_if_it_had_not_stopped(over_two: dict[str, Path]) -> None:
     assert_same_end(over_two["again"], over_two["distributed optimizer"])
 

@@ -112,8 +112,11 @@ def test_validation_says_the_loss_of_each_data_set_of_a_blend(tmp_path: Path, ca
     assert [event.value for event in events.Scalars("validation_loss_of/books")] == [3.0]
 
 
-def test_the_loss_of_each_data_set_adds_up_to_the_whole_and_is_the_same_in_every_layout(one: dict[str, Path], two: dict[str, Path]) -> None:
-    whole, shared = ([row for row in rows(folder["blend"]) if "validation_loss" in row] for folder in (one, two))
+@pytest.mark.slow
+def test_the_loss_of_each_data_set_adds_up_to_the_whole_and_is_the_same_in_every_layout(
+    one: dict[str, Path], more: dict[str, Path]
+) -> None:
+    whole, shared = ([row for row in rows(folder["blend"]) if "validation_loss" in row] for folder in (one, more))
     assert len(whole) == 3
     for row, other in zip(whole, shared, strict=True):
         parts = row["validation_loss_of"]

@@ -72,6 +72,7 @@ def test_one_process_killed_between_saves_and_while_saving(tmp_path: Path, flags
     assert not list(save.glob("*.partial"))
 
 
+@pytest.mark.slow  # by default tests/training/test_launching.py kills one
 def test_one_rank_killed_ends_the_others_and_the_run_goes_on_later(tmp_path: Path, flags: Flags, two: dict[str, Path]) -> None:
     save, log = tmp_path / "save", tmp_path / "log"
     process = launch(2, flags(save, *SHARDED), log)
