@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,3 +113,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def distinct_endings(paths: Sequence[Path]) -> list[str] | None:
+    """Return the shortest ends of paths that tell them apart, all of as many parts; None where two are the same."""
+    parts = [path.parts for path in paths]
+    depths = range(1, max(map(len, parts)) + 1)
+    depth = next((deep for deep in depths if len({part[-deep:] for part in parts}) == len(parts)), None)
+    return None if depth is None else ["/".join(part[-depth:]) for part in parts]

@@ -12,6 +12,13 @@ LOG_INTERVAL = 15.0
 """Seconds between two lines where standard error is no terminal."""
 
 
+def clock(seconds: float) -> str:
+    """Return a time as hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
 def _shows_a_bar() -> bool:
     """Whether standard error is a terminal, and one that has a size: without rows the bar would be hidden."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0

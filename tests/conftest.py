@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import tokenizers
 from filelock import FileLock
+
+from tests.byte_level import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -26,18 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer in a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator([row["text"] for row in ROWS[:50]], trainer)
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    return folder
+    texts = [row["text"] for row in ROWS[:50]]
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts, vocab_size=500, named={"eos_token": "<|endoftext|>"})
 
 
 @pytest.fixture

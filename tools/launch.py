@@ -14,9 +14,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
-GO_ON = 75
-"""Exit status of a run that saved and wants the same command again."""
-FINAL = {2, 3, 4, 5, 6, GO_ON}
+from megatron_instruct.errors import LostProcessError, MegatronInstructError
+from megatron_instruct.training.stopping import EXIT_TO_GO_ON
+
+FINAL = {kind.exit_status for kind in MegatronInstructError.__subclasses__() if kind is not LostProcessError} | {EXIT_TO_GO_ON}
 """Exit statuses after which another try in the same job ends alike, or is not wanted; see docs/operations.md."""
 
 
@@ -43,7 +44,7 @@ def main() -> int:
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as stop:  # passed on to the processes, which saved or, where they took too long, go on from the last checkpoint
         print(f"launch.py: {stop.sigval.name} was passed on to the processes, which are gone.", file=sys.stderr)
-        return GO_ON
+        return EXIT_TO_GO_ON
     return 0
 
 

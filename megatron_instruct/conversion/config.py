@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Dtype
 
 Direction = Literal["megatron", "huggingface"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)

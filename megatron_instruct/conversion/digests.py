@@ -8,7 +8,8 @@ in the page cache still, and flushes that to the disk, so that little is left to
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -98,3 +99,13 @@ class Digests:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._ready[file] is None or self._ready[file] > done)  # type: ignore[operator]
             return self._ready[file]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The weights of a result, on the disk."""
+
+    different: list[str]
+    """Names of the source's parts that were read back from the result with other bits."""
+    records: Callable[[], Mapping[Path, FileRecord]]
+    """Waits for what manifests say of the files."""

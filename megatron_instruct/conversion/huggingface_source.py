@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from megatron_instruct.conversion.config import ConvertConfig, Dtype
+from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.safetensors_folder import DTYPES, INDEX, StoredTensor, read_tensor, stored_tensors
 from megatron_instruct.conversion.weights import TIED, Weight, derived_names, rounded, weights_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json
 from megatron_instruct.manifest import FileRecord, records
-from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.architecture import Architecture, Dtype
 from megatron_instruct.models.huggingface_config import read_architecture
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 

@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_instruct.conversion.torch_dist import Checkpoint, Piece
-from megatron_instruct.conversion.weights import TORCH_DTYPES
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform import device
 from megatron_instruct.platform.device import Machine

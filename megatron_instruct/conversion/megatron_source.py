@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.conversion.config import ConvertConfig, Dtype
-from megatron_instruct.conversion.weights import TORCH_DTYPES
+from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.errors import InputError
 from megatron_instruct.manifest import FileRecord, Manifest, record, records
-from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.architecture import Architecture, Dtype
 from megatron_instruct.models.checkpoint_folder import read_description
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import write_config
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 

@@ -4,7 +4,6 @@ Goes out: safetensors, the tokenizer's files, generation_config.json, config.jso
 folder) and manifest.json. transformers, vLLM and lm-eval load it as it is.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from megatron_instruct.conversion import huggingface_side, megatron_side, proof,
 from megatron_instruct.conversion.checksums import check_manifest
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
-from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
-from megatron_instruct.conversion.weights import TORCH_DTYPES, Weight, join, rounded, split, weights_of
+from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
 from megatron_instruct.files import atomic_folder, read_json, write_json
-from megatron_instruct.manifest import FileRecord, Manifest, records, write_manifest
+from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import token_ids_of, write_config
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import copy_tokenizer
@@ -101,16 +101,6 @@ class Reader:
     def in_order(self) -> list[Weight]:
         """Return the weights in the order in which the checkpoint's files hold them."""
         return sorted(self.weights, key=lambda weight: self.checkpoint.position(self.plan.pieces[weight.megatron][0]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """The weights on the disk."""
-
-    different: list[str]
-    """Names of the parameters that were read back and turned round to other bits than the checkpoint's."""
-    records: Callable[[], Mapping[Path, FileRecord]]
-    """Waits for what manifests say of the files."""
 
 
 def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str, read_back: bool) -> Written:

@@ -5,8 +5,6 @@ source for the way back), SAVE/latest_checkpointed_iteration.txt, written last.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +13,13 @@ from megatron_instruct.conversion import megatron_side, proof, torch_dist
 from megatron_instruct.conversion.checksums import check_known
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
-from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
-from megatron_instruct.conversion.weights import TORCH_DTYPES, Weight, join, split
+from megatron_instruct.conversion.weights import Weight, join, split
 from megatron_instruct.files import atomic_folder
-from megatron_instruct.manifest import FileRecord, Manifest, records, write_manifest
+from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import token_ids_of
 from megatron_instruct.models.megatron_lm import common_state
 from megatron_instruct.platform.device import Machine
@@ -61,16 +60,6 @@ def convert(config: ConvertConfig, source: Source, digests: Digests, text: str) 
         write_manifest(partial / "manifest.json", manifest)
         write_latest(folder, 0)
     return manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """The weights on the disk."""
-
-    different: list[str]
-    """Names of the tensors that were read back with other bits than the source's."""
-    records: Callable[[], Mapping[Path, FileRecord]]
-    """Waits for what manifests say of the files."""
 
 
 def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan, *, read_back: bool) -> Written:

@@ -16,6 +16,7 @@ import torch
 
 from megatron_instruct.errors import InputError
 from megatron_instruct.models.architecture import Architecture, Family
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 
 Kind = Literal["copy", "vocabulary", "qkv", "stack"]
 """copy: the same tensor. vocabulary: rows are padded by megatron-core. qkv: query, key, value, interleaved per key/value head.
@@ -34,8 +35,6 @@ class Rule:
     unless_tied: bool = False
     """Whether the row exists only where the output layer is not the word embedding."""
 
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
 _EMBEDDING = Rule("vocabulary", "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("VC",))

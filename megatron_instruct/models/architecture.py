@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError, did_you_mean
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+"""Types of weights."""
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral"]
 _COUNTS = (
     "num_layers",

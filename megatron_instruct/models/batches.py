@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.layout import ParallelLayout
 
 
@@ -115,6 +116,15 @@ def cut_batch(
                 f"pipeline_model_parallel_size={layout.pipeline}; change global_batch_size, rampup_batch_size or micro_batch_size."
             )
     return plan
+
+
+def check_positions(architecture: Architecture, seq_length: int) -> Architecture:
+    """Return the model. Raises ConfigError for a sequence that is longer than it is meant for."""
+    if seq_length > architecture.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length={seq_length} is longer than the model's max_position_embeddings={architecture.max_position_embeddings}; lower it."
+        )
+    return architecture
 
 
 def check_sequence(layout: ParallelLayout, seq_length: int) -> None:

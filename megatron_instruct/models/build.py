@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,14 +21,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_instruct.errors import ConfigError, MissingPackageError, did_you_mean
-from megatron_instruct.models.architecture import Architecture, RopeScaling
+from megatron_instruct.models.architecture import Architecture, Dtype, RopeScaling
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.initialize import initialize_parameters
 from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.models.random_streams import seed_random_streams
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.platform.fp8_recipe import Fp8Recipe
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +75,6 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
     seed_random_streams(seed)
 
 
-def seed_random_streams(seed: int) -> None:
-    """Seed what dropout draws from: one stream for what tensor ranks share, others for what they split; as Megatron-LM's a stage."""
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
 def build_model(architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions) -> list[GPTModel]:
     """Return this rank's model chunks: one, or `layout.virtual_pipeline` of them. Weights are the same whatever the layout."""
     if options.weights == "shapes" and machine.device.type != "meta":
@@ -124,7 +116,7 @@ def make_transformer_config(
     architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions
 ) -> TransformerConfig:
     """Return megatron-core's configuration of the model on this machine."""
-    dtype = _TORCH_DTYPES[options.dtype]
+    dtype = TORCH_DTYPES[options.dtype]
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,

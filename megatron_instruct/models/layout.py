@@ -44,19 +44,23 @@ class ParallelLayout:
         """Replicas of each expert."""
         return self.world_size // (self.tensor_of_experts * self.expert * self.pipeline)
 
-    def layers_of_stage(self, architecture: Architecture, stage: int) -> int:
-        """Return the number of layers of a pipeline stage, over all its chunks."""
+    def tokens_of_rank(self, micro_batch_size: int, seq_length: int) -> int:
+        """Return the tokens of a microbatch whose norms and residuals one rank computes."""
+        return micro_batch_size * seq_length // (self.context * (self.tensor if self.sequence_parallel else 1))
+
+    def layers_of_stage(self, layers: int, stage: int) -> int:
+        """Return how many of the model's layers a pipeline stage has, over all its chunks."""
         if self.layers_in_last_stage is None:
-            return architecture.num_layers // self.pipeline
+            return layers // self.pipeline
         if stage == self.pipeline - 1:
             return self.layers_in_last_stage
-        return (architecture.num_layers - self.layers_in_last_stage) // (self.pipeline - 1)
+        return (layers - self.layers_in_last_stage) // (self.pipeline - 1)
 
     def parameters_of_stage(self, architecture: Architecture, stage: int) -> int:
         """Return the parameters of a pipeline stage over its tensor ranks, without padding; a tied embedding is in both end stages."""
         embedding = architecture.vocab_size * architecture.hidden_size
         outside = embedding * (1 if architecture.tie_embeddings else 2) + architecture.hidden_size
-        layers = (architecture.num_parameters - outside) // architecture.num_layers * self.layers_of_stage(architecture, stage)
+        layers = (architecture.num_parameters - outside) // architecture.num_layers * self.layers_of_stage(architecture.num_layers, stage)
         if self.pipeline == 1:
             return layers + outside
         last = stage == self.pipeline - 1
@@ -65,7 +69,7 @@ class ParallelLayout:
     def parameters_of_rank(self, architecture: Architecture, stage: int) -> int:
         """Return the parameters of one rank of a stage, without padding: its part of what tensor ranks share, and of the experts."""
         experts = 3 * architecture.hidden_size * architecture.ffn_hidden_size * (architecture.num_experts or 0)
-        of_experts = experts * self.layers_of_stage(architecture, stage)
+        of_experts = experts * self.layers_of_stage(architecture.num_layers, stage)
         shared = self.parameters_of_stage(architecture, stage) - of_experts
         return shared // self.tensor + of_experts // (self.expert * self.tensor_of_experts)
 

@@ -6,19 +6,17 @@ Does not know: weights, files.
 """
 
 from argparse import Namespace
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from megatron_instruct.models.architecture import Architecture, Dtype, RopeScaling
+from megatron_instruct.models.dtypes import TORCH_DTYPES
 
-from megatron_instruct.models.architecture import Architecture, RopeScaling
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VERSION = 3.0  # of the order of query, key and value, which is megatron-core's since then
 _LLAMA_31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The rope scaling that Megatron-LM has, with any factor; it knows no other."""
 
 
-def common_state(architecture: Architecture, *, dtype: Literal["fp32", "bf16", "fp16"], iteration: int) -> dict[str, Any]:
+def common_state(architecture: Architecture, *, dtype: Dtype, iteration: int) -> dict[str, Any]:
     """Return the part of a checkpoint's state that is not of tensors, as Megatron-LM saves it.
 
     What Megatron-LM has no argument for, such as another rope scaling than Llama 3.1's, is left out: it must be given to it by hand.
@@ -26,7 +24,7 @@ def common_state(architecture: Architecture, *, dtype: Literal["fp32", "bf16", "
     return {"args": arguments(architecture, dtype), "checkpoint_version": _VERSION, "iteration": iteration}
 
 
-def arguments(architecture: Architecture, dtype: Literal["fp32", "bf16", "fp16"]) -> Namespace:
+def arguments(architecture: Architecture, dtype: Dtype) -> Namespace:
     """Return Megatron-LM's arguments of a model, laid out over one process."""
     values: dict[str, Any] = {
         "num_layers": architecture.num_layers,
@@ -45,7 +43,7 @@ def arguments(architecture: Architecture, dtype: Literal["fp32", "bf16", "fp16"]
         "untie_embeddings_and_output_weights": not architecture.tie_embeddings,
         "add_qkv_bias": architecture.parts.qkv_bias,
         "qk_layernorm": architecture.parts.qk_norm,
-        "params_dtype": _DTYPES[dtype],
+        "params_dtype": TORCH_DTYPES[dtype],
         "bf16": dtype == "bf16",
         "fp16": dtype == "fp16",
         **_ALL_FAMILIES,

@@ -9,6 +9,19 @@ import yaml
 from megatron_instruct.errors import ConfigError, did_you_mean
 from megatron_instruct.models.architecture import Architecture, RopeScaling
 
+DIMENSIONS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "rotary_base",
+    "tie_embeddings",
+)
+"""What single settings say of a model."""
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 

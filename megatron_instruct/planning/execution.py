@@ -22,8 +22,6 @@ class Execution:
     distributed_optimizer: bool = True
     overlap: bool = True
     """Gradients are reduced and parameters gathered while computing."""
-    expert: int = 1
-    """Ranks that share the experts (EP): layout.expert."""
     vocab_divisor: int = 128
     """The embedding is padded to a multiple of this times the tensor ranks."""
     fused_attention: bool = True
@@ -44,6 +42,11 @@ class Execution:
         return self.layout.virtual_pipeline or 1
 
     @property
+    def expert(self) -> int:
+        """Ranks that share the experts (EP)."""
+        return self.layout.expert
+
+    @property
     def expert_tensor(self) -> int:
         """Ranks that share each expert's matrices (ETP)."""
         return self.layout.tensor_of_experts
@@ -60,9 +63,7 @@ class Execution:
 
     def layers_of_stage(self, layers: int, stage: int) -> int:
         """Return the layers that a pipeline stage holds, over all its chunks."""
-        last, stages = self.layout.layers_in_last_stage, self.layout.pipeline
+        stages = self.layout.pipeline
         if self.ends_as_layers:
             return (layers + 2) // stages - (stage == 0) - (stage == stages - 1)
-        if last is None:
-            return layers // stages
-        return last if stage == stages - 1 else (layers - last) // (stages - 1)
+        return self.layout.layers_of_stage(layers, stage)

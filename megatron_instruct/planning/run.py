@@ -10,8 +10,9 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.files import atomic_folder, atomic_write, read_json, write_json
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.batches import check_positions
 from megatron_instruct.models.huggingface_config import read_architecture
-from megatron_instruct.models.presets import make_architecture
+from megatron_instruct.models.presets import DIMENSIONS, make_architecture
 from megatron_instruct.planning.chart import write_chart
 from megatron_instruct.planning.config import ModelOptions, PlanConfig
 from megatron_instruct.planning.constants import Constants, load_constants
@@ -26,16 +27,6 @@ SETTINGS, SCRIPT, PLAN, CHART = "pretrain.yaml", "run.sh", "plan.json", "plan.pn
 """Files that --write makes."""
 _MOST_GPUS = 65536
 """How far to look for a number of GPUs that is enough."""
-_DIMENSIONS = (
-    "family",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "tie_embeddings",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,13 +91,9 @@ def find_architecture(options: ModelOptions, seq_length: int) -> Architecture:
         source = options.hf_folder / "config.json"
         architecture = read_architecture(read_json(source), source=str(source), max_position_embeddings=None)
     else:
-        given = {name: getattr(options, name) for name in _DIMENSIONS}
+        given = {name: getattr(options, name, None) for name in DIMENSIONS}
         architecture = make_architecture(given, preset_name=options.preset, vocab_size=options.vocab_size, seq_length=seq_length)
-    if seq_length > architecture.max_position_embeddings:
-        raise ConfigError(
-            f"seq_length={seq_length} is longer than the model's max_position_embeddings={architecture.max_position_embeddings}; lower it."
-        )
-    return architecture
+    return check_positions(architecture, seq_length)
 
 
 def _nothing_legal(task: Task) -> str:

@@ -132,7 +132,6 @@ def legal_layouts(task: Task) -> Iterator[ParallelLayout]:
 def _execution(task: Task, layout: ParallelLayout, micro: int, recompute: Recompute, distributed: bool) -> Execution:
     return Execution(
         layout=layout,
-        expert=layout.expert,
         seq_length=task.seq_length,
         global_batch_size=task.global_batch_size,
         micro_batch_size=micro,
@@ -187,8 +186,7 @@ def _accepts_batch(task: Task, layout: ParallelLayout, micro: int) -> bool:
     try:
         cut_batch(layout, global_batch_size=task.global_batch_size, micro_batch_size=micro, train_iters=1)
         if task.precision == "fp8":
-            tokens = micro * task.seq_length // (layout.context * (layout.tensor if layout.sequence_parallel else 1))
-            check_fp8_sizes(task.fp8_recipe, task.architecture, layout, tokens=tokens)
+            check_fp8_sizes(task.fp8_recipe, task.architecture, layout, tokens=layout.tokens_of_rank(micro, task.seq_length))
     except ConfigError:
         return False
     return True

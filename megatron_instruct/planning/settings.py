@@ -6,21 +6,9 @@ from typing import Any
 import yaml
 
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.presets import DIMENSIONS
 from megatron_instruct.planning.config import ModelOptions
 from megatron_instruct.planning.estimate import Estimate
-
-_DIMENSIONS = (
-    "family",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "rotary_base",
-    "tie_embeddings",
-)
 
 
 def model_settings(options: ModelOptions, architecture: Architecture) -> dict[str, Any]:
@@ -28,9 +16,9 @@ def model_settings(options: ModelOptions, architecture: Architecture) -> dict[st
     if needs_checkpoint(options, architecture):
         return {}
     if options.hf_folder is None:
-        fields = ("preset", *_DIMENSIONS)
+        fields = ("preset", *DIMENSIONS)
         return {name: getattr(options, name) for name in fields if getattr(options, name, None) is not None}
-    return {name: getattr(architecture, name) for name in _DIMENSIONS}
+    return {name: getattr(architecture, name) for name in DIMENSIONS}
 
 
 def needs_checkpoint(options: ModelOptions, architecture: Architecture) -> bool:

@@ -16,17 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.index_format import DTYPES, HEADER, MAGIC, VERSION
 from megatron_instruct.records import ROLES_SUFFIX
 
 Tokens = npt.NDArray[Any]
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-DTYPES: dict[int, np.dtype[Any]] = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)
-}
-_HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
 """Entries of the index written at a time."""
 
@@ -59,7 +53,7 @@ def write_index(
     count = sum(len(part) for part in lengths)
     code = next(code for code, known in DTYPES.items() if known == dtype)
     bounds = count + 1 if documents is None else sum(len(part) for part in documents) + 1
-    stream.write(_HEADER.pack(MAGIC, VERSION, code, count, bounds))
+    stream.write(HEADER.pack(MAGIC, VERSION, code, count, bounds))
     for piece in _pieces(lengths):
         stream.write(piece.astype("<i4").tobytes())
     for ends in _sums(lengths, dtype.itemsize):
@@ -106,20 +100,20 @@ class IndexedDataset:
             if not file.is_file():
                 raise InputError(f"{file}: no such file; give the data set's prefix, without .bin or .idx.")
         with open(index, "rb") as stream:
-            header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(MAGIC):
+            header = stream.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise InputError(f"{index} is not the index of a Megatron indexed data set: its first bytes are {header[:9]!r}.")
-        _, version, code, sequences, bounds = _HEADER.unpack(header)
+        _, version, code, sequences, bounds = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
             raise InputError(f"{index} has version {version} and dtype code {code}; known are version {VERSION} and codes 1 to 8.")
         self.dtype = DTYPES[code]
-        size, needed = index.stat().st_size, _HEADER.size + 12 * sequences + 8 * bounds
+        size, needed = index.stat().st_size, HEADER.size + 12 * sequences + 8 * bounds
         if size not in (needed, needed + sequences):  # one byte more per sequence holds its mode, in multimodal data
             raise InputError(f"{index} has {size} bytes; {sequences} sequences and {bounds} document bounds take {needed}.")
         self.has_modes = size != needed
-        self.sequence_lengths: npt.NDArray[np.int32] = self._array(index, "<i4", _HEADER.size, sequences)
-        self.sequence_offsets: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 4 * sequences, sequences)
-        self.document_bounds: npt.NDArray[np.int64] = self._array(index, "<i8", _HEADER.size + 12 * sequences, bounds)
+        self.sequence_lengths: npt.NDArray[np.int32] = self._array(index, "<i4", HEADER.size, sequences)
+        self.sequence_offsets: npt.NDArray[np.int64] = self._array(index, "<i8", HEADER.size + 4 * sequences, sequences)
+        self.document_bounds: npt.NDArray[np.int64] = self._array(index, "<i8", HEADER.size + 12 * sequences, bounds)
         size = bin_file(prefix).stat().st_size
         if size % self.dtype.itemsize:
             raise InputError(f"{bin_file(prefix)} has {size} bytes, which is no multiple of {self.dtype.itemsize}, the size of a token.")

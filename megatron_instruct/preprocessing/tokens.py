@@ -103,25 +103,23 @@ def begin_documents(tokens: Tokens, bos: int) -> Tokens:
     """Put the BOS token in front of each document, into its first sequence."""
     first = np.cumsum(tokens.documents) - tokens.documents
     places = (np.cumsum(tokens.sequences, dtype=np.int64) - tokens.sequences)[first]
-    sequences = tokens.sequences.copy()
-    sequences[first] += 1
-    return dataclasses.replace(
-        tokens,
-        ids=np.insert(tokens.ids, places, bos),
-        sequences=sequences,
-        codes=np.insert(tokens.codes, places, CONTEXT) if tokens.codes is not None else None,
-    )
+    return _with_one_more(tokens, first, places, bos, CONTEXT)
 
 
 def end_documents(tokens: Tokens, eod: int) -> Tokens:
     """Put the end-of-document token after each document, into its last sequence."""
     last = np.cumsum(tokens.documents) - 1
     places = np.cumsum(tokens.sequences, dtype=np.int64)[last]
-    sequences = tokens.sequences.copy()
-    sequences[last] += 1
+    return _with_one_more(tokens, last, places, eod, END)
+
+
+def _with_one_more(tokens: Tokens, sequences: npt.NDArray[np.integer], places: npt.NDArray[np.int64], id_: int, code: int) -> Tokens:
+    """Put one token, of one role, into each of these sequences, before the tokens at `places`."""
+    lengths = tokens.sequences.copy()
+    lengths[sequences] += 1
     return dataclasses.replace(
         tokens,
-        ids=np.insert(tokens.ids, places, eod),
-        sequences=sequences,
-        codes=np.insert(tokens.codes, places, END) if tokens.codes is not None else None,
+        ids=np.insert(tokens.ids, places, id_),
+        sequences=lengths,
+        codes=np.insert(tokens.codes, places, code) if tokens.codes is not None else None,
     )

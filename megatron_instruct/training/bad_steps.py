@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.files import read_json, write_json
 from megatron_instruct.models.batches import BatchPlan
+from megatron_instruct.models.random_streams import random_states, set_random_states
 from megatron_instruct.training.first_fault import Fault, Faults
 from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.pieces import pieces
 from megatron_instruct.training.rehearsal import happening, rehearsed
 from megatron_instruct.training.settings.faults import FaultOptions
-from megatron_instruct.training.step import StepResult, StepShape, compute_gradients, gradient_is_finite, update
+from megatron_instruct.training.step import REMEDY, StepResult, StepShape, compute_gradients, gradient_is_finite, update
 from megatron_instruct.training.stragglers import OwnTime, gathered, slow_ranks
 from megatron_instruct.training.streams import Replayable
 
@@ -37,7 +37,6 @@ LOSSES_FILE = "recent_losses.json"
 _KEPT_CHECKPOINTS = 50
 _DOCUMENTS = 20
 """Most pieces of documents that an event names; tools/trace_data.py names them all."""
-_REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +159,7 @@ class Steps:
         where = f"; first not finite: {fault.text}" if fault is not None else ""
         documents = self._documents(iteration, fault)
         details = {"reason": reason, "where": fault.text if fault is not None else None, "documents": documents}
-        skipped = {event["iteration"] for event in ledger.events if event["kind"] == "skip"}
+        skipped = ledger.skipped
         in_a_row = next(count for count in range(iteration + 1) if iteration - 1 - count not in skipped)
         blames_batch = fault is None or not fault.of_weights
         if blames_batch and in_a_row < options.max_skips_in_a_row and len(skipped) < options.max_skips:
@@ -186,7 +185,7 @@ class Steps:
         named = "; ".join(documents) or "none"
         raise TrainingError(
             f"step {iteration} cannot be done: {reason}, twice on the same batch{where}. {tried}. Its documents: {named} (all of them: "
-            f"tools/trace_data.py --save {self._of.save} --iterations {iteration}). If they are sound, {_REMEDY}"
+            f"tools/trace_data.py --save {self._of.save} --iterations {iteration}). If they are sound, {REMEDY}"
         )
 
     def _documents(self, iteration: int, fault: Fault | None) -> list[str]:
@@ -225,19 +224,14 @@ class Steps:
     def _state(self) -> dict[str, Any]:
         """Return what a step changes besides weights and optimizer: random streams, and what the router of experts counts."""
         return {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if self._of.device.type == "cuda" else None,
-            "named": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
+            "random": random_states(),
             "buffers": [
                 [buffer.clone() for buffer in model.buffers()] if model.config.num_moe_experts else [] for model in self._of.models
             ],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"])
-        tensor_parallel.get_cuda_rng_tracker().set_states({name: kept.clone() for name, kept in state["named"].items()})
+        set_random_states(state["random"])
         for model, buffers in zip(self._of.models, state["buffers"], strict=True):
             for buffer, kept in zip(model.buffers() if buffers else (), buffers, strict=True):
                 buffer.copy_(kept)

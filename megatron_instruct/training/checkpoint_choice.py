@@ -58,6 +58,20 @@ def damage_of(path: Path, manifest: Manifest) -> str | None:
     return next((one for one in found if one is not None), None)
 
 
+def newest_whole(folder: Path) -> Candidate:
+    """Return the newest checkpoint of a folder every file of which is as it was written. Every process calls it.
+
+    Raises InputError where there is none.
+    """
+    damaged: dict[int, str] = {}
+    while True:
+        candidate = newest_candidate(folder, passed_over=damaged)
+        wrong = damage_of(candidate.path, candidate.manifest)
+        if wrong is None:
+            return candidate
+        damaged[int(candidate.manifest.facts["iteration"])] = wrong
+
+
 def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ConfigError where a checkpoint belongs to a run with other settings than this one."""
     for name, old, new in _differences(saved, wanted):

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_instruct.models.build import seed_random_streams
 from megatron_instruct.models.checkpoint import fill, model_state
+from megatron_instruct.models.random_streams import random_states, seed_random_streams, set_random_states
 from megatron_instruct.platform.device import Machine
-from megatron_instruct.training.optimizer import prepare_for_loading, restore_step
+from megatron_instruct.training.optimizer import optimizer_parts, prepare_for_loading, restore_step
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _STREAMS = "random_streams"
@@ -44,7 +44,7 @@ def state_of(chunks: Sequence[GPTModel], optimizer: Any) -> dict[str, Any]:
     for tensors, _ in _masters_of_fp32(optimizer, tree):
         del tensors["fp32_param"]
     state["optimizer"] = {_name(place): tensor for place, tensor in _sharded(tree)}
-    state[_STREAMS] = _streams(_random_states())
+    state[_STREAMS] = _streams(random_states())
     return state
 
 
@@ -82,7 +82,7 @@ def load_state(
     optimizer.load_state_dict(dict_list_map_inplace(_own, tree))
     restore_step(optimizer, updates, machine)
     if same_layout:
-        _set_random_states(loaded[_STREAMS])
+        set_random_states(loaded[_STREAMS])
     else:
         seed_random_streams(seed)
 
@@ -106,7 +106,7 @@ def _masters_of_fp32(optimizer: Any, tree: Any) -> Iterator[tuple[dict[str, Any]
 
 def _parts(optimizer: Any, tree: Any) -> list[tuple[Any, Any]]:
     """Return megatron-core's optimizers inside the one, each with its state."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return list(zip(parts, [tree] if len(parts) == 1 else [tree[number] for number in range(len(parts))], strict=True))
 
 
@@ -144,19 +144,3 @@ def _put(tree: Any, place: tuple[Any, ...], tensor: torch.Tensor) -> None:
 def _streams(states: dict[str, Any] | None) -> ShardedObject:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return ShardedObject(_STREAMS, states, (size,), (rank,))
-
-
-def _random_states() -> dict[str, Any]:
-    """Return the states of torch's generators and of megatron-core's named streams on this rank."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "named": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["named"])

@@ -1,9 +1,9 @@
 """Settings of tools/pretrain.py: the groups put together, and what must hold between them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Dtype
 from megatron_instruct.training.phases import PlacedPhase, parse_phases, place_phases
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.checkpoint import CheckpointOptions
@@ -34,7 +34,7 @@ class PretrainConfig:
     dry: DryRunOptions = field(default_factory=DryRunOptions)
 
     @property
-    def dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+    def dtype(self) -> Dtype:
         """Of parameters and activations."""
         return "bf16" if self.parallel.bf16 else "fp16" if self.precision.fp16 else "fp32"
 

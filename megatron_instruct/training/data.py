@@ -16,6 +16,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.files import distinct_endings
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.training.blends import Phases, blend, counts
 from megatron_instruct.training.config import PretrainConfig
@@ -57,9 +58,8 @@ def component_names(config: PretrainConfig, sources: DataSources) -> tuple[str, 
     prefixes, _ = sources.valid or sources.train
     if len(prefixes) == 1 or not _validation_size(config):
         return ()
-    parts = [Path(prefix).parts for prefix in prefixes]
-    depth = next((deep for deep in range(1, max(map(len, parts)) + 1) if len({part[-deep:] for part in parts}) == len(parts)), 0)
-    return tuple("/".join(part[-depth:]) if depth else f"{number} {part[-1]}" for number, part in enumerate(parts))
+    paths = [Path(prefix) for prefix in prefixes]
+    return tuple(distinct_endings(paths) or [f"{number} {path.name}" for number, path in enumerate(paths)])
 
 
 def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:

@@ -80,7 +80,7 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
     ranks_of_stage = layout.world_size // layout.pipeline
     first_layer = 0
     for stage in range(layout.pipeline):
-        layers = layout.layers_of_stage(architecture, stage)
+        layers = layout.layers_of_stage(architecture.num_layers, stage)
         if layout.virtual_pipeline is None:
             held = f"layers {first_layer} to {first_layer + layers - 1}"
         else:
@@ -101,7 +101,6 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
     check_precision(gpu, precision)
     execution = Execution(
         layout=layout,
-        expert=layout.expert,
         seq_length=config.batch.seq_length,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,

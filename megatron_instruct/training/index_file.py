@@ -5,7 +5,6 @@ stay on the disk until they are looked at. Does not know: torch, megatron-core, 
 """
 
 import itertools
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.index_format import DTYPES, HEADER, MAGIC, VERSION
 
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)
-}
 _SHARES = ("training", "validation", "test")
 
 
@@ -45,16 +39,18 @@ def read_index(prefix: str) -> IndexFile:
     path, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     size = path.stat().st_size
     with open(path, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise InputError(f"{path} is no index of a Megatron data set: it does not begin with {_MAGIC!r}; preprocess the data again.")
-    _, version, code, count, bounds = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise InputError(f"{path} has version {version} and dtype code {code}; this reads version 1 and the codes 1 to {len(_DTYPES)}.")
-    if size < _HEADER.size + 12 * count + 8 * bounds:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise InputError(f"{path} is no index of a Megatron data set: it does not begin with {MAGIC!r}; preprocess the data again.")
+    _, version, code, count, bounds = HEADER.unpack(header)
+    if version != VERSION or code not in DTYPES:
+        raise InputError(
+            f"{path} has version {version} and dtype code {code}; this reads version {VERSION} and the codes 1 to {len(DTYPES)}."
+        )
+    if size < HEADER.size + 12 * count + 8 * bounds:
         raise InputError(f"{path} has {size} bytes, too few for its {count} sequences: it is cut short; preprocess the data again.")
-    lengths = np.memmap(path, dtype="<i4", mode="r", offset=_HEADER.size, shape=(count,)) if count else np.zeros(0, dtype="<i4")
-    index = IndexFile(prefix=prefix, dtype=_DTYPES[code], lengths=lengths)
+    lengths = np.memmap(path, dtype="<i4", mode="r", offset=HEADER.size, shape=(count,)) if count else np.zeros(0, dtype="<i4")
+    index = IndexFile(prefix=prefix, dtype=DTYPES[code], lengths=lengths)
     needed = index.tokens() * index.dtype.itemsize
     if tokens.stat().st_size != needed:
         raise InputError(

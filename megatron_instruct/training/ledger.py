@@ -26,12 +26,16 @@ class Ledger:
         self._first = torch.distributed.get_rank() == 0
         read: list[Any] = [_read(self._path) if self._first else None]
         torch.distributed.broadcast_object_list(read, src=0)
-        self.events: list[dict[str, Any]] = [event for event in read[0] if event["run"] == self._run]
+        self.events: list[dict[str, Any]] = []
+        self._left_out: set[int] = set()
+        for event in read[0]:
+            if event["run"] == self._run:
+                self._note(event)
 
     def add(self, kind: str, iteration: int, text: str, **details: Any) -> None:
         """Record an event, on the disk before anything else is done, and print its text."""
         event = {"kind": kind, "iteration": iteration, "text": text, **details, "run": self._run}
-        self.events.append(event)
+        self._note(event)
         if self._first:
             with open(self._path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(event, ensure_ascii=False) + "\n")
@@ -39,13 +43,21 @@ class Ledger:
                 os.fsync(stream.fileno())
             print(text, flush=True)
 
+    def _note(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if event["kind"] == "skip":
+            self._left_out.add(event["iteration"])
+        elif event["kind"] == "rollback":
+            self._left_out.update(range(event["checkpoint"] + 1, event["iteration"] + 1))
+
+    @property
+    def skipped(self) -> set[int]:
+        """The steps whose batch was bad."""
+        return {event["iteration"] for event in self.events if event["kind"] == "skip"}
+
     def leaves_out(self, iteration: int) -> bool:
         """Say whether a step is left out: its batch was bad, or the run went back to a checkpoint before it."""
-        return any(
-            event["iteration"] == iteration if event["kind"] == "skip" else event["checkpoint"] < iteration <= event["iteration"]
-            for event in self.events
-            if event["kind"] in ("skip", "rollback")
-        )
+        return iteration in self._left_out
 
     def count(self, kind: str) -> int:
         """Return the events of a kind over the whole run."""
@@ -53,13 +65,7 @@ class Ledger:
 
     def counts(self, iteration: int) -> dict[str, int]:
         """Return the steps up to this one that were left out, and the steps that were run twice and the rollbacks so far."""
-        left_out: set[int] = set()
-        for event in self.events:
-            if event["kind"] == "skip":
-                left_out.add(event["iteration"])
-            elif event["kind"] == "rollback":
-                left_out.update(range(event["checkpoint"] + 1, event["iteration"] + 1))
-        skipped = sum(step <= iteration for step in left_out)
+        skipped = sum(step <= iteration for step in self._left_out)
         return {"skipped": skipped, "reruns": self.count("rerun"), "rollbacks": self.count("rollback")}
 
 

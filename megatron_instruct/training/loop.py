@@ -18,7 +18,7 @@ from megatron_instruct.platform.device import Machine, compute_capability
 from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training.bad_steps import Steps, Trained
 from megatron_instruct.training.checkpoint import Checkpoints, resume
-from megatron_instruct.training.checkpoint_choice import damage_of, newest_candidate
+from megatron_instruct.training.checkpoint_choice import newest_whole
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
@@ -73,9 +73,7 @@ def build_run(
     identity: dict[str, Any],
 ) -> Run:
     """Build model, optimizer and data on this rank, and read the checkpoint to start from."""
-    tokens = (
-        config.batch.micro_batch_size * config.batch.seq_length // (layout.context * (layout.tensor if layout.sequence_parallel else 1))
-    )
+    tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
     check_fp8(config.fp8, start.architecture, layout, tokens=tokens, capability=compute_capability(machine))
     join_model_parallel_groups(layout, seed=config.batch.seed)
     options = BuildOptions(
@@ -211,18 +209,13 @@ def _guarded_steps(run: Run, ledger: Ledger, checkpoints: Checkpoints) -> Steps:
 
 def _load_newest(run: Run) -> int | None:
     """Fill weights and optimizer from the newest checkpoint that is whole; return its iteration, None where there is none."""
-    damaged: dict[int, str] = {}
-    while True:
-        try:
-            candidate = newest_candidate(run.config.checkpoint.save, passed_over=damaged)
-        except InputError:
-            return None
-        iteration = int(candidate.manifest.facts["iteration"])
-        wrong = damage_of(candidate.path, candidate.manifest)
-        if wrong is None:
-            resume(candidate.path, run.models, run.optimizer, iteration=iteration, machine=run.machine)
-            return iteration
-        damaged[iteration] = wrong
+    try:
+        newest = newest_whole(run.config.checkpoint.save)
+    except InputError:
+        return None
+    iteration = int(newest.manifest.facts["iteration"])
+    resume(newest.path, run.models, run.optimizer, iteration=iteration, machine=run.machine)
+    return iteration
 
 
 def _validate(run: Run, metrics: Metrics, iteration: int) -> None:

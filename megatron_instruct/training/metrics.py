@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.files import atomic_write
+from megatron_instruct.progress import clock
 from megatron_instruct.training.settings.watching import WatchOptions
 
 METRICS_FILE = "metrics.jsonl"
@@ -126,7 +127,7 @@ class Metrics:
                 f"iteration {iteration:>{len(str(self._size.train_iters))}}/{self._size.train_iters} | loss {loss:.4f} | lr {lr:.3e} "
                 f"| grad norm {grad_norm:.3f} | {rate:,.0f} tokens/s | {_short(record['tflops'])} TFLOP/s{share}{memory} "
                 f"{''.join(f'| {name} {value:.6g} ' for name, value in (more or {}).items())}"
-                f"| {_clock(left)} left{''.join(f' | {name} {count}' for name, count in (faults or {}).items() if count)}",
+                f"| {clock(left)} left{''.join(f' | {name} {count}' for name, count in (faults or {}).items() if count)}",
                 flush=True,
             )
         self.restart_clock(iteration)
@@ -227,9 +228,3 @@ def _keep_until(path: Path, iteration: int) -> None:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -100,7 +100,7 @@ def _weight_decay(batch: BatchOptions) -> dict[ParamKey, ParamGroupOverride]:
 
 def _allocate(optimizer: Any, machine: Machine) -> None:
     """Allocate the moments, which a checkpoint needs even where every step before it overflowed."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if machine.is_cuda:
             part.init_state_fn(part.optimizer, part.config)
         elif isinstance(part.optimizer, torch.optim.Adam):
@@ -123,7 +123,7 @@ def loss_scale(optimizer: Any) -> float:
 
 def loss_scaling_state(optimizer: Any) -> dict[str, Any] | None:
     """Return the scale of the loss and what decides its next change, for a checkpoint; None where there is no scale that changes."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         state = part.grad_scaler.state_dict() if getattr(part, "grad_scaler", None) is not None else {}
         if state:
             return {**state, "scale": float(state["scale"])}
@@ -134,7 +134,7 @@ def restore_loss_scaling(optimizer: Any, state: dict[str, Any] | None, machine: 
     """Go on with the scale of the loss that a checkpoint names."""
     if state is None:
         return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         part.grad_scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]], device=machine.device)})
 
 
@@ -158,9 +158,14 @@ def make_scheduler(optimizer: MegatronOptimizer, batch: BatchOptions) -> Optimiz
     )
 
 
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """Return megatron-core's optimizers inside one, which may chain several."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     """Yield the torch optimizers inside megatron-core's."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if part.optimizer is not None:
             yield part.optimizer
 
@@ -173,7 +178,7 @@ def prepare_for_loading(optimizer: Any, machine: Machine) -> None:
     """
     if machine.is_cuda:
         return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             _fill_with_zeros(part.optimizer)
         elif part.config.fp16 and isinstance(part.optimizer, torch.optim.Adam):

@@ -39,7 +39,8 @@ def plan_layout(options: ParallelOptions, architecture: Architecture, *, process
         layout = dataclasses.replace(layout, virtual_pipeline=layers // (per_chunk * layout.pipeline))
     layout.check(architecture)
     if options.recompute_num_layers is not None:
-        layers = min(layout.layers_of_stage(architecture, stage) for stage in {0, layout.pipeline - 1}) // (layout.virtual_pipeline or 1)
+        of_stages = [layout.layers_of_stage(architecture.num_layers, stage) for stage in {0, layout.pipeline - 1}]
+        layers = min(of_stages) // (layout.virtual_pipeline or 1)
         if options.recompute_num_layers > layers:
             raise ConfigError(
                 f"recompute_num_layers={options.recompute_num_layers} is more than the {layers} layers of a pipeline stage "

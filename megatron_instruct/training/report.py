@@ -16,8 +16,11 @@ import yaml
 from megatron_instruct import __version__
 from megatron_instruct.config import run_tool
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_write
+from megatron_instruct.files import atomic_write, distinct_endings
 from megatron_instruct.pages import Chart, Series, line_chart, render_page
+from megatron_instruct.progress import clock
+from megatron_instruct.training.metrics import METRICS_FILE, SAMPLES_FILE
+from megatron_instruct.training.run import SETTINGS
 
 _GIB = 1 << 30
 _RECENT = 20
@@ -69,11 +72,11 @@ def run(config: ReportConfig) -> None:
 
 def read_run(folder: Path, name: str) -> RunLog:
     """Read what a run has written. Raises InputError for a folder without a run."""
-    metrics, settings = folder / "metrics.jsonl", folder / "settings.yaml"
+    metrics, settings = folder / METRICS_FILE, folder / SETTINGS
     if not metrics.is_file():
-        raise InputError(f"{folder}: metrics.jsonl is missing: no run of pretrain.py has made a step there; give its --save folder.")
+        raise InputError(f"{folder}: {METRICS_FILE} is missing: no run of pretrain.py has made a step there; give its --save folder.")
     rows = _rows(metrics)
-    samples = folder / "samples.jsonl"
+    samples = folder / SAMPLES_FILE
     return RunLog(
         name=name,
         folder=folder,
@@ -109,12 +112,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    depth = next((deep for deep in range(1, max(map(len, parts)) + 1) if len({part[-deep:] for part in parts}) == len(parts)), None)
-    if depth is None:
+    names = distinct_endings([folder.resolve() for folder in folders])
+    if names is None:
         raise ConfigError(f"runs names the same folder twice: {', '.join(map(str, folders))}; give each run once.")
-    return ["/".join(part[-depth:]) for part in parts]
+    return names
 
 
 def _summary(run: RunLog) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _summary(run: RunLog) -> dict[str, Any]:
         if values:
             facts.append((shown.format(statistics.median(values)), label))
     left = (total - done) * last["tokens"] / done / rate if total else 0.0
-    state = "finished" if run.finished else f"under way or stopped, {_duration(left)} of training left at this rate"
+    state = "finished" if run.finished else f"under way or stopped, {clock(left)} of training left at this rate"
     return {"name": run.name, "state": state, "facts": facts}
 
 
@@ -213,12 +214,6 @@ def _shown(value: Any) -> str:
 def _short(count: float) -> str:
     scale, unit = next(((scale, unit) for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")) if count >= scale), (1.0, ""))
     return f"{count / scale:,.{2 if unit else 0}f}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest
 from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.batches import check_positions
 from megatron_instruct.models.checkpoint_folder import latest_iteration, read_description
-from megatron_instruct.models.presets import make_architecture, preset
+from megatron_instruct.models.presets import DIMENSIONS, make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.checkpoint_choice import check_identity, damage_of, newest_candidate
 from megatron_instruct.training.config import PretrainConfig
@@ -22,19 +23,8 @@ from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.sources import DataSources
 
-_DIMENSIONS = (
-    "family",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "rotary_base",
-    "tie_embeddings",
-    "init_method_std",
-)
+_SETTINGS = (*DIMENSIONS, "init_method_std")
+"""What the settings of a run say of its model."""
 _RESULT_SETTINGS = tuple(name for name in BatchOptions.__dataclass_fields__ if name != "micro_batch_size")
 
 
@@ -90,7 +80,7 @@ def find_start(config: PretrainConfig, *, passed_over: Mapping[int, str] | None 
                 f"{tokenizer_path} is another tokenizer than the one that {path} was trained with; leave --tokenizer-model out: "
                 f"{source / 'tokenizer'} is that one."
             )
-    _check_positions(architecture, config.batch.seq_length)
+    check_positions(architecture, config.batch.seq_length)
     _check_agreement(config.model, architecture, source)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise InputError(
@@ -133,21 +123,13 @@ def whole_start(config: PretrainConfig, start: Start, identity: dict[str, Any]) 
 
 def architecture_from(options: ModelOptions, *, vocab_size: int, seq_length: int) -> Architecture:
     """Return the model that the settings describe."""
-    given = {name: getattr(options, name) for name in _DIMENSIONS}
+    given = {name: getattr(options, name) for name in _SETTINGS}
     architecture = make_architecture(given, preset_name=options.preset, vocab_size=vocab_size, seq_length=seq_length)
-    return _check_positions(architecture, seq_length)
-
-
-def _check_positions(architecture: Architecture, seq_length: int) -> Architecture:
-    if seq_length > architecture.max_position_embeddings:
-        raise ConfigError(
-            f"seq_length={seq_length} is longer than the model's max_position_embeddings={architecture.max_position_embeddings}; lower it."
-        )
-    return architecture
+    return check_positions(architecture, seq_length)
 
 
 def _check_agreement(options: ModelOptions, architecture: Architecture, source: Path) -> None:
-    given = {name: getattr(options, name) for name in _DIMENSIONS if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     wanted = {**(preset(options.preset) if options.preset else {}), **given}
     for name, value in wanted.items():
         if value != getattr(architecture, name):

@@ -19,10 +19,11 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.training.documents import COMPONENT, Batch, as_one_sequence, forbidden_attention
+from megatron_instruct.training.optimizer import optimizer_parts
 
 _MOST_OVERFLOWS_IN_A_ROW = 50
 """A scale of the loss of 2^32 is at 1 after 33 of them."""
-_REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
+REMEDY = "lower lr or raise lr_warmup_iters. The last checkpoint is untouched."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def compute_gradients(
 
 def gradient_is_finite(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> bool:
     """Say whether this rank's gradients have a finite norm. Where the loss is scaled (fp16) the optimizer looks itself, and goes on."""
-    if any(getattr(part, "grad_scaler", None) is not None for part in getattr(optimizer, "chained_optimizers", [optimizer])):
+    if any(getattr(part, "grad_scaler", None) is not None for part in optimizer_parts(optimizer)):
         return True
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return all(bool(torch.linalg.vector_norm(buffer.grad_data).isfinite()) for buffer in buffers)
@@ -89,7 +90,7 @@ def update(optimizer: MegatronOptimizer, loss: float) -> StepResult:
         return StepResult(loss=loss, grad_norm=None)
     grad_norm = float(norm or 0.0)
     if not updated or not math.isfinite(grad_norm):
-        raise TrainingError(f"the norm of the gradient is {grad_norm} at a loss of {loss:.4f}; {_REMEDY}")
+        raise TrainingError(f"the norm of the gradient is {grad_norm} at a loss of {loss:.4f}; {REMEDY}")
     return StepResult(loss=loss, grad_norm=grad_norm)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.preprocessing.indexed_dataset import DTYPES, IndexedDataset, bin_file, idx_file, write_index
+from megatron_instruct.index_format import DTYPES
+from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, write_index
 from megatron_instruct.preprocessing.verify import verify
 from megatron_instruct.tokenizer import token_dtype
 

@@ -106,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str
         (folder / "runs.json").write_text(json.dumps(plan))
         result = torchrun_session(processes, Path(__file__).with_name("several_runs.py"), folder / "runs.json")
         assert result.returncode == 0, result.stderr[-3000:]
-        assert json.loads((folder / "runs.json.errors").read_text()) == {}
+        assert json.loads((folder / "runs.json.ends").read_text()) == ["done"] * len(plan)
         return folders
 
     return do

@@ -2,8 +2,9 @@
 
     torchrun several_runs.py RUNS.json
 
-RUNS.json: a list of {"flags": [...], "of": FOLDER or null, "at": ITERATION}; with "of", the run's --save folder is first made to look
-like FOLDER stopped after that iteration. What went wrong is written to RUNS.json.errors.
+RUNS.json: a list of {"flags": [...], "of": FOLDER or null, "at": ITERATION} and maybe "faults": TEXT; with "of", the run's --save folder is
+first made to look like FOLDER killed some steps after that iteration; "faults" are made on purpose. How each run ended is written to
+RUNS.json.ends.
 """
 
 import json
@@ -18,16 +19,20 @@ from megatron_instruct.config import parse
 from megatron_instruct.errors import MegatronInstructError
 from megatron_instruct.platform import noise
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.rehearsal import VARIABLE
 from megatron_instruct.training.run import run
+from megatron_instruct.training.stopping import StoppedEarly
 
 
 def stop_at(source: Path, iteration: int, target: Path) -> None:
-    """Copy a finished run as if it had been stopped some steps after this iteration."""
+    """Copy a finished run as if it had been killed some steps after this iteration."""
     target.mkdir()
     name = f"iter_{iteration:07d}"
     shutil.copytree(source / name, target / name)
     shutil.copytree(source / "tokenizer", target / "tokenizer")
-    shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
+    for path in source.glob("*.json*"):
+        if path.name != "manifest.json":
+            shutil.copyfile(path, target / path.name)
     (target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
 
 
@@ -39,9 +44,9 @@ def main() -> None:
     from megatron_instruct.platform import device
 
     device.initialize(timeout_minutes=2)
-    runs = json.loads(Path(sys.argv[1]).read_text())
-    errors = {}
-    for number, description in enumerate(runs):
+    ends = []
+    for description in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ[VARIABLE] = description.get("faults", "")
         config = parse(PretrainConfig, description["flags"], prog="pretrain.py")
         assert config is not None
         if description["of"] and torch.distributed.get_rank() == 0:
@@ -49,11 +54,14 @@ def main() -> None:
         torch.distributed.barrier()
         try:
             run(config)
+            ends.append("done")
+        except StoppedEarly as stop:
+            ends.append(f"75 {stop}")
         except MegatronInstructError as error:
-            errors[str(number)] = f"{error.exit_status} {error}"
+            ends.append(f"{error.exit_status} {error}")
             parallel_state.destroy_model_parallel()
     if os.environ.get("RANK", "0") == "0":
-        Path(f"{sys.argv[1]}.errors").write_text(json.dumps(errors))
+        Path(f"{sys.argv[1]}.ends").write_text(json.dumps(ends))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def several(torchrun_session: Callable[..., subprocess.CompletedProcess[str]]) -
         plan.write_text(json.dumps(runs))
         result = torchrun_session(processes, Path(__file__).with_name("several_runs.py"), plan)
         assert result.returncode == 0, result.stderr[-3000:]
-        assert json.loads(plan.with_name(plan.name + ".errors").read_text()) == {}
+        assert json.loads(plan.with_name(plan.name + ".ends").read_text()) == ["done"] * len(runs)
         return result.stdout
 
     return do

@@ -64,7 +64,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[st
     for name, (of, at, more) in AGAIN.items():
         plan.append({"flags": flags(folders[name], *short, *more), "faults": "", "of": str(folders[of]), "at": at})
     (folder / "runs.json").write_text(json.dumps(plan))
-    result = torchrun_session(2, Path(__file__).with_name("rehearsed_runs.py"), folder / "runs.json")
+    result = torchrun_session(2, Path(__file__).with_name("several_runs.py"), folder / "runs.json")
     assert result.returncode == 0, result.stderr[-3000:]
     ends = json.loads((folder / "runs.json.ends").read_text())
     return {name: Ended(folder=path, end=end) for (name, path), end in zip(folders.items(), ends, strict=True)}

@@ -5,24 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
+
+from tests.byte_level import train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def synthesizer_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer with BOS and EOS. Two line breaks are one token at the end of a text, and two before a word."""
+    texts = ["A text of words, a question and an answer.\n\n"] * 40 + ["the bug is in the text <QUE> </END> <ANS>"]
     folder = tmp_path_factory.mktemp("synthesizer-tokenizer")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator(
-        ["A text of words, a question and an answer.\n\n"] * 40 + ["the bug is in the text <QUE> </END> <ANS>"], trainer
-    )
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    return folder
+    return train_tokenizer(folder, texts, vocab_size=400, named={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def row(number: int, name: str, *, context: str | None = None, pairs: list[tuple[str, str]] | None = None) -> dict[str, Any]:
