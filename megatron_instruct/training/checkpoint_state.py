@@ -42,7 +42,7 @@ def state_of(chunks: Sequence[GPTModel], optimizer: Any) -> dict[str, Any]:
     state = model_state(chunks)
     tree = optimizer.sharded_state_dict(state, metadata=_METADATA)
     for tensors, _ in _masters_of_fp32(optimizer, tree):
-        del tensors["fp32_param"]
+        del tensors["param"]
     state["optimizer"] = {_name(place): tensor for place, tensor in _sharded(tree)}
     state[_STREAMS] = _streams(random_states())
     return state
@@ -67,7 +67,7 @@ def load_state(
     tree = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
     masters = list(_masters_of_fp32(optimizer, tree))
     for tensors, _ in masters:
-        del tensors["fp32_param"]
+        del tensors["param"]
     wanted = {_name(place): (place, tensor) for place, tensor in _sharded(tree)}
     state["optimizer"] = {name: tensor for name, (_, tensor) in wanted.items()}
     if same_layout:
@@ -77,7 +77,7 @@ def load_state(
     for name, (place, _) in wanted.items():
         _put(tree, place, loaded["optimizer"][name])
     for tensors, parameter in masters:
-        tensors["fp32_param"] = parameter.detach()
+        tensors["param"] = parameter.detach()
     _count_updates(optimizer, tree, updates)
     optimizer.load_state_dict(dict_list_map_inplace(_own, tree))
     restore_step(optimizer, updates, machine)
@@ -100,7 +100,7 @@ def _masters_of_fp32(optimizer: Any, tree: Any) -> Iterator[tuple[dict[str, Any]
         parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
         for number, parameter in enumerate(parameters):
             tensors = its_tree["param_state"][number]
-            if parameter.dtype == torch.float32 and "fp32_param" in tensors:
+            if parameter.dtype == torch.float32 and "param" in tensors:
                 yield tensors, parameter
 
 

@@ -134,7 +134,7 @@ def loop(run: Run, metrics: Metrics) -> None:
 
 def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitRequests) -> None:
     options, plan = run.config.checkpoint, run.plan
-    data = [Replayable(stream) for stream in _data(run, run.train_set, run.start_iteration, plan.train_iters - run.start_iteration)]
+    data = [Replayable(stream) for stream in _data(run, run.train_set, plan, run.start_iteration, plan.train_iters - run.start_iteration)]
     ledger = Ledger(options.save, run.identity)
     steps = _guarded_steps(run, ledger, checkpoints)
     if run.valid_set is not None and run.start_iteration == 0:
@@ -222,7 +222,8 @@ def _validate(run: Run, metrics: Metrics, iteration: int) -> None:
     """Record the mean loss over the first eval_iters global batches of the validation data, and of each data set in them."""
     iterations = run.config.checkpoint.eval_iters
     shape = dataclasses.replace(_shape(run, run.plan.num_microbatches * iterations), components=len(run.components))
-    result = validate(run.chunks, _data(run, run.valid_set, 0, iterations), shape)
+    whole = dataclasses.replace(run.plan, ramp=None)  # validation does not grow with the batch
+    result = validate(run.chunks, _data(run, run.valid_set, whole, 0, iterations), shape)
     metrics.validation(iteration, result.loss, {run.components[number]: loss for number, loss in result.by_component.items()})
     metrics.restart_clock(iteration)
 
@@ -246,13 +247,13 @@ def _shape(run: Run, num_microbatches: int) -> StepShape:
     )
 
 
-def _data(run: Run, dataset: Any, start_iteration: int, iterations: int) -> list[Iterator[Batch]]:
+def _data(run: Run, dataset: Any, plan: BatchPlan, start_iteration: int, iterations: int) -> list[Iterator[Batch]]:
     """Return one stream of microbatches a model chunk; every chunk walks through the same ones."""
     rank = parallel_state.get_data_parallel_rank()
     return [
         batches(
             dataset,
-            run.plan.microbatches(rank, start_iteration=start_iteration, iterations=iterations),
+            plan.microbatches(rank, start_iteration=start_iteration, iterations=iterations),
             num_workers=run.config.data.num_workers,
             device=run.machine.device,
         )

@@ -124,7 +124,7 @@ FIRST_STEP_IDLE = ("--train-iters", 1, "--lr-warmup-iters", 1, "--lr-decay-iters
 
 GROWING = ("--rampup-batch-size", 4, 2, 30, "--micro-batch-size", 1)
 
-ONE: dict[str, tuple[object, ...]] = {"reference": (), "initial": FIRST_STEP_IDLE}
+ONE: dict[str, tuple[object, ...]] = {"reference": (), "initial": FIRST_STEP_IDLE, "growing batch": GROWING}
 TWO: dict[str, tuple[object, ...]] = {
     "tensor": TENSOR,
     "pipeline": PIPELINE,
@@ -144,7 +144,6 @@ ONE_MORE: dict[str, tuple[object, ...]] = {
     "recompute attention": ("--recompute-granularity", "selective"),
     "bf16": ("--bf16", "--train-iters", 3, "--lr-decay-iters", 20),
     "logged every 4": ("--log-interval", 4),
-    "growing batch": GROWING,
     "within documents": WITHIN,
 }
 MORE: dict[str, tuple[object, ...]] = {

@@ -71,10 +71,16 @@ def test_one_process_cut_otherwise_equals_the_reference(name: str, one: dict[str
     assert_equal_runs(one_more[name], one["reference"], tolerance=1e-5)
 
 
+def test_validation_takes_whole_batches_while_the_batch_grows(one: dict[str, Path]) -> None:
+    grown, reference = (read_metrics(one[name]).validation for name in ("growing batch", "reference"))
+    assert grown[0] == reference[0], "before the first step"
+    assert [iteration for iteration, _ in grown] == [iteration for iteration, _ in reference]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_GROWING)
-def test_a_batch_that_grows_is_the_same_in_two_processes(name: str, one_more: dict[str, Path], more: dict[str, Path]) -> None:
-    assert_equal_runs(more[name], one_more["growing batch"], tolerance=1e-5)
+def test_a_batch_that_grows_is_the_same_in_two_processes(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
+    assert_equal_runs(more[name], one["growing batch"], tolerance=1e-5)
     lines = [json.loads(line) for line in (more[name] / "metrics.jsonl").read_text().splitlines()]
     sizes = [(line["batch_size"], line["tokens"]) for line in lines if "loss" in line]
     assert [size for size, _ in sizes] == [4, 4, 4, 4, 6, 6, 6] + [8] * 13
