@@ -111,8 +111,23 @@ def _resolve(config: SynthesizeConfig) -> _Job:
     prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
     files = find_files(config.input)
     model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config.model, what="model")
+    _check_length(config)
     settings = _settings(config, prompt_format, model)
     return _Job(config=config, prompt_format=prompt_format, files=files, inputs=records(files), model=model, settings=settings)
+
+
+def _check_length(config: SynthesizeConfig) -> None:
+    """Refuse to ask for more tokens than the model has positions; where it stretches its positions, or a server has it, these know better."""
+    file = config.model / "config.json"
+    about = read_json(file) if config.engine != "server" and file.is_file() else {}
+    positions = about.get("max_position_embeddings")
+    rotary = [about.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    plain = {one.get("rope_type", one.get("type", "default")) for one in rotary} == {"default"}
+    if isinstance(positions, int) and plain and config.max_model_len > positions:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is above the {positions} positions of the model (max_position_embeddings in {file}); "
+            f"pass --max-model-len {positions} or less."
+        )
 
 
 def _is_only_named(config: SynthesizeConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,11 +221,32 @@ def test_bad_settings_give_one_clear_message(
     assert not (bench.folder / "out" / "manifest.json").exists()
 
 
-def test_an_empty_corpus_is_refused(bench: Any, synthesize: Synthesize) -> None:
-    (bench.folder / "empty.jsonl").touch()
+def test_more_tokens_than_the_model_has_positions_are_refused_unless_it_stretches_them(bench: Any, synthesize: Synthesize) -> None:
+    shutil.copytree(bench.model, model := bench.folder / "model")
+    (model / "config.json").write_text('{"max_position_embeddings": 2048}')
+    status, printed = synthesize(bench.corpus(2), model=model)
+    assert (status, "pass --max-model-len 2048 or less" in printed) == (2, True), printed
+    assert not (bench.folder / "out" / "manifest.json").exists()
+    assert synthesize(bench.corpus(2), model=model, max_model_len=2048)[0] == 0
+    (model / "config.json").write_text('{"max_position_embeddings": 2048, "rope_scaling": {"type": "yarn", "factor": 4.0}}')
+    assert synthesize(bench.corpus(2), "stretched", model=model)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", '{"id": "a", "text": ""}\n{"id": "b", "text": " \\n"}\n'])
+def test_an_empty_corpus_and_one_of_empty_texts_are_refused(bench: Any, synthesize: Synthesize, content: str) -> None:
+    (bench.folder / "empty.jsonl").write_text(content)
     status, printed = synthesize(bench.folder / "empty.jsonl", on_error="reject")
-    assert status == 3
-    assert "no text is left" in printed
+    assert (status, "no text is left of" in printed, "empty" in printed.rpartition("no text is left")[2]) == (3, True, True), printed
+    assert not (bench.folder / "out" / "manifest.json").exists()
+    assert synthesize(bench.folder / "empty.jsonl")[0] == 3
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(bench: Any, synthesize: Synthesize) -> None:
+    (model := bench.folder / "model").mkdir()
+    (model / "config.json").write_text("{}")
+    status, printed = synthesize(bench.corpus(2), model=model)
+    assert (status, "has neither tokenizer.json nor" in printed) == (3, True), printed
+    assert not (bench.folder / "out" / "manifest.json").exists()
 
 
 def test_the_limit_takes_records_from_the_beginning(bench: Any, synthesize: Synthesize) -> None:

@@ -31,7 +31,9 @@ class ScriptedEngine:
         if not settings.script.is_file():
             raise InputError(f"script {settings.script}: no such file.")
         self._script: dict[str, Any] = yaml.safe_load(settings.script.read_text(encoding="utf-8"))
-        self._asked: Counter[str] = Counter()
+        self._asked = 0
+        self._failed: Counter[str] = Counter()
+        """Times that each request which has not been answered yet failed."""
         self._in_work: list[Request] = []
         self.capacity = settings.in_flight or 64
 
@@ -52,10 +54,18 @@ class ScriptedEngine:
 
     def _answer(self, request: Request) -> Completion:
         time.sleep(self._script.get("seconds", 0))
-        attempt = self._asked[request.id]
-        self._asked[request.id] += 1
-        if self._asked.total() > self._script.get("dead_after", self._asked.total()):
+        self._asked += 1
+        if self._asked > self._script.get("dead_after", self._asked):
             raise EngineError("the scripted engine died, as its script says.")
+        attempt = self._failed[request.id]
+        completion = self._attempt(request, attempt)
+        if completion.error is None:
+            del self._failed[request.id]
+        else:
+            self._failed[request.id] += 1
+        return completion
+
+    def _attempt(self, request: Request, attempt: int) -> Completion:
         if attempt < self._script.get("failures", {}).get(request.id, 0):
             return Completion(error="the script lets this request fail")
         text = self._script.get("completions", {}).get(request.id, self._script.get("completion", "")).replace("{id}", request.id)

@@ -5,6 +5,7 @@ says; and compiles grammars before a request is scheduled, for the same reason.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -117,4 +118,8 @@ def _completion(output: Any) -> Completion:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line that says something: pydantic begins by counting, and names the place."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and re.match(r"\d+ validation errors? for ", lines[0]):
+        lines = [line.partition(" [type=")[0] for line in lines[1:] if " [type=" in line]
+    return lines[0] if lines else type(error).__name__
