@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,10 +39,31 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
-            error.filename = str(path)  # a write does not say where
+        _name_where_the_disk_is_full(error, path)
         raise
-    _sync(path.parent)
+    synced(path.parent)
+
+
+def append(path: Path, lines: Iterable[str], *, durable: bool = True) -> None:
+    """Add whole lines to a file. durable: on the disk before this returns, for what the process acts upon next."""
+    try:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.writelines(line + "\n" for line in lines)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+    except OSError as error:
+        _name_where_the_disk_is_full(error, path)
+        raise
+
+
+def synced(path: Path) -> None:
+    """Return when what was written into a file, or the names of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -60,12 +81,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for entry in (*sorted(temporary.rglob("*")), temporary):
-            _sync(entry)
+            synced(entry)
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(path.parent)
+    synced(path.parent)
 
 
 @contextlib.contextmanager
@@ -106,13 +127,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _name_where_the_disk_is_full(error: BaseException, path: Path) -> None:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
+        error.filename = str(path)  # a write does not say where
 
 
 def distinct_endings(paths: Sequence[Path]) -> list[str] | None:

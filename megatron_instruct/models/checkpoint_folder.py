@@ -22,6 +22,10 @@ CHECKPOINT_FORMAT = 1
 """Of what is inside a checkpoint, in its manifest's facts; to be raised when an older version could no longer read it rightly."""
 
 
+class NewerVersionError(InputError):
+    """A checkpoint that a newer version of this project wrote: whole, as far as this one can tell."""
+
+
 def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
@@ -66,18 +70,20 @@ def _read_own_manifest(path: Path) -> Manifest:
     content = read_json(path) if path.is_file() else None
     written = content.get("format") if isinstance(content, dict) else None
     if isinstance(written, int) and written > FORMAT:
-        raise InputError(f"{path} is of format {written}, and this version reads {FORMAT}: a newer version wrote it; upgrade this one.")
+        raise NewerVersionError(
+            f"{path} is of format {written}, and this version reads {FORMAT}: a newer version wrote it; upgrade this one."
+        )
     manifest = read_manifest(path)
     if "architecture" not in manifest.facts:
         raise InputError(f"{path} describes no architecture; it is not a checkpoint's manifest.")
+    if "seal" in manifest.facts and sealed(manifest) != manifest:
+        raise InputError(f"{path} is damaged: it does not say what was written into it.")
     inside = manifest.facts.get("checkpoint_format", 1)
     if inside > CHECKPOINT_FORMAT:
-        raise InputError(
+        raise NewerVersionError(
             f"{path.parent} is a checkpoint of format {inside}, and this version reads {CHECKPOINT_FORMAT}: version {manifest.version} "
             "wrote it; upgrade this one."
         )
-    if "seal" in manifest.facts and sealed(manifest) != manifest:
-        raise InputError(f"{path} is damaged: it does not say what was written into it.")
     return manifest
 
 

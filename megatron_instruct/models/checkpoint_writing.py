@@ -7,12 +7,10 @@ Beside the training: megatron-core's AsyncRequest and AsyncCallsQueue. A forked 
 (on CUDA a copy in the host's memory, made before), so that the next step may change them at once.
 """
 
-import ctypes
 import os
 import pickle
 import queue
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,8 +22,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megatron_instruct.manifest import FileRecord, record
+from megatron_instruct.platform.processes import end_with_parent
 
-_PR_SET_PDEATHSIG = 1  # man 2 prctl
 _NICENESS = 10
 """Of the writing process: the training has the cores first."""
 
@@ -106,8 +104,7 @@ def _write(write: Callable[..., None], records: _Mailbox, rank: int, buckets: An
 
 def _write_beside(write: Callable[..., None], rank: int, buckets: Any, results: Any) -> None:
     """In a forked process: ends with the process that trains, leaves signals to it, and takes one core that it leaves free."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)

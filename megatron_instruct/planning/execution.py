@@ -29,6 +29,10 @@ class Execution:
     tensor_overlap: bool = False
     """Communication of tensor parallelism overlaps with products (Megatron's --tp-comm-overlap), which this project does not do."""
 
+    cpu_modules: bool = False
+    """Layers of this project's modules for a CPU, each operation of which keeps its own inputs. Only to be held against what such a model
+    keeps in memory, since no plan is for CPUs."""
+
     ends_as_layers: bool = False
     """Embedding and output layer each take the place of a layer in their stages. Only for figures of others, as above."""
 

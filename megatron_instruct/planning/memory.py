@@ -123,6 +123,8 @@ def _layers_under_way(shape: Shape, execution: Execution, stage: int) -> float:
 def layer_activations(shape: Shape, execution: Execution) -> float:
     """Return the bytes that one layer keeps of one microbatch, without recomputation of whole layers."""
     number = 4 if execution.precision == "fp32" else 2
+    if execution.cpu_modules:
+        return _layer_activations_on_cpu(shape, execution, number)
     product_input = 1 if execution.precision == "fp8" else number
     # inputs of the two norms, and of the products after them
     along_sequence = 2 * number * shape.hidden + 2 * product_input * shape.hidden
@@ -138,3 +140,17 @@ def layer_activations(shape: Shape, execution: Execution) -> float:
     if not execution.fused_attention and execution.recompute == "none":
         scores = 5.0 * shape.heads * execution.seq_length / execution.layout.tensor  # softmax, mask, what dropout leaves
     return execution.tokens * (along_sequence / execution.sequence_shards + (attention + hidden_layer) / execution.layout.tensor + scores)
+
+
+def _layer_activations_on_cpu(shape: Shape, execution: Execution, number: int) -> float:
+    """Return the same where nothing is fused (platform/cpu_modules.py, of a dense, gated model on one rank).
+
+    Each norm keeps its input and its result in fp32; the fused query, key and value stay beside the turned queries and keys; gate,
+    activation and their product are kept apart.
+    """
+    norms = 2 * (4 + 4) * shape.hidden + 2 * 4
+    product_inputs = 2 * number * shape.hidden
+    attention = number * (3 * shape.query + 3 * shape.key_value) + 4 * shape.heads
+    positions = 4 * number * shape.head_size / execution.micro_batch_size
+    hidden_layer = number * (shape.ffn_in + 3 * shape.ffn)
+    return execution.tokens * (norms + product_inputs + attention + positions + hidden_layer)

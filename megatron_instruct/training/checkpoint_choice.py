@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from: the newest that is whole, of this very run.
 
-Comes in: a checkpoint folder. Sizes and versions are looked at before processes meet; then they share the reading of every file
+A checkpoint that a newer version wrote is not passed over: going on from an older one would in time replace a whole one. Comes in: a
+checkpoint folder. Sizes and versions are looked at before processes meet; then they share the reading of every file
 against the checksums of the manifest. What is passed over is named, with the reason.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.checkpoint_folder import damage, iterations, read_description
+from megatron_instruct.models.checkpoint_folder import NewerVersionError, damage, iterations, read_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Candidate:
 def newest_candidate(folder: Path, *, passed_over: Mapping[int, str] | None = None) -> Candidate:
     """Return the newest checkpoint of a folder whose files are there in full size, and which this version reads.
 
-    passed_over: iterations known to be damaged, each with the reason. Raises InputError where none is left.
+    passed_over: iterations known to be damaged, each with the reason. Raises InputError where none is left, or where a newer version
+    wrote one that would be passed over.
     """
     known = dict(passed_over or {})
     for iteration in iterations(folder):
@@ -37,6 +39,8 @@ def newest_candidate(folder: Path, *, passed_over: Mapping[int, str] | None = No
             continue
         try:
             path, manifest, architecture = read_description(folder, iteration)
+        except NewerVersionError as error:
+            raise NewerVersionError(f"{error} To go on from an older checkpoint, move that folder away; nothing was changed.") from error
         except InputError as error:
             known[iteration] = str(error)
             continue

@@ -18,6 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import distinct_endings
 from megatron_instruct.models.batches import BatchPlan
+from megatron_instruct.platform.processes import end_with_parent
 from megatron_instruct.training.blends import Phases, blend, counts
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.documents import COMPONENT
@@ -164,6 +165,7 @@ def batches(dataset: Any, samples: Iterator[list[int]], *, num_workers: int, dev
         dataset,
         batch_sampler=_Samples(samples),
         num_workers=num_workers,
+        worker_init_fn=end_with_parent,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # otherwise a seed for its workers is drawn from the stream of the dropout
     )

@@ -6,13 +6,10 @@ and metrics.jsonl show. Events of a run with other settings in the same folder s
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-
-from megatron_instruct.files import atomic_write
+from megatron_instruct.files import append, atomic_write
 
 LEDGER_FILE = "faults.jsonl"
 
@@ -21,6 +18,8 @@ class Ledger:
     """The events of one run. Every rank makes it, since the first one reads for all."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        import torch.distributed  # here, so that a page of runs is made without it
+
         self._path = folder / LEDGER_FILE
         self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self._first = torch.distributed.get_rank() == 0
@@ -37,10 +36,7 @@ class Ledger:
         event = {"kind": kind, "iteration": iteration, "text": text, **details, "run": self._run}
         self._note(event)
         if self._first:
-            with open(self._path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(event, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            append(self._path, [json.dumps(event, ensure_ascii=False)])
             print(text, flush=True)
 
     def _note(self, event: dict[str, Any]) -> None:

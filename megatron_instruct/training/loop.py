@@ -181,6 +181,7 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
             _sample(run, metrics, iteration)
         if saves:
             steps.remember(iteration)
+            metrics.keep()
             checkpoints.save(iteration)
             metrics.restart_clock(iteration)
         if outcome.exit_code and not last:

@@ -1,7 +1,6 @@
 """What a run says while it runs: one line per log interval, metrics.jsonl always, TensorBoard and W&B where asked, samples."""
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_instruct.errors import MissingPackageError
-from megatron_instruct.files import atomic_write
+from megatron_instruct.files import append, atomic_write, synced
 from megatron_instruct.progress import clock
 from megatron_instruct.training.settings.watching import WatchOptions
 
@@ -144,11 +143,8 @@ class Metrics:
         """Record what the model wrote after `iteration` steps."""
         if not self._writes:
             return
-        with open(self._samples, "a", encoding="utf-8") as stream:
-            for prompt, text in zip(prompts, texts, strict=True):
-                stream.write(json.dumps({"iteration": iteration, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        rows = [{"iteration": iteration, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+        append(self._samples, [json.dumps(row, ensure_ascii=False) for row in rows], durable=False)
         print(f"sample after iteration {iteration} | {prompts[0]} → {texts[0]!r}", flush=True)
         if self._tensorboard is not None:
             for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -160,6 +156,15 @@ class Metrics:
             _keep_until(self._path, iteration)
             _keep_until(self._samples, iteration)
 
+    def keep(self) -> None:
+        """Return when all that was recorded is on the disk; to be called before a checkpoint that a later run goes on from.
+
+        A row alone waits for no disk: a machine that loses it has lost the steps since the checkpoint, too.
+        """
+        for path in (self._path, self._samples) if self._writes else ():
+            if path.is_file():
+                synced(path)
+
     def restart_clock(self, iteration: int) -> None:
         """Leave out of the next rate what was not training: a validation, a checkpoint."""
         self._since, self._last_iteration = time.perf_counter(), iteration
@@ -167,10 +172,7 @@ class Metrics:
     def _write(self, record: Mapping[str, Any]) -> None:
         if not self._writes:
             return
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append(self._path, [json.dumps(record)], durable=False)
         if self._tensorboard is None and self._wandb is None:
             return
         values = _scalars(record)

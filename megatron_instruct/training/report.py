@@ -1,7 +1,7 @@
 """Runs of pretrain.py, under way or finished -> one self-contained page with their curves, side by side.
 
-Comes in: metrics.jsonl, samples.jsonl and settings.yaml of each run. Goes out: report.html. Reads only, so that it can be made at any
-moment of a run; a line that is just being written is left out. Does not know: torch, checkpoints.
+Comes in: metrics.jsonl, samples.jsonl, faults.jsonl and settings.yaml of each run. Goes out: report.html. Reads only, so that it can be
+made at any moment of a run; a line that is just being written is left out. Does not know: torch, checkpoints.
 """
 
 import json
@@ -19,12 +19,17 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_write, distinct_endings
 from megatron_instruct.pages import Chart, Series, line_chart, render_page
 from megatron_instruct.progress import clock
+from megatron_instruct.training.ledger import LEDGER_FILE
 from megatron_instruct.training.metrics import METRICS_FILE, SAMPLES_FILE
 from megatron_instruct.training.run import SETTINGS
 
 _GIB = 1 << 30
 _RECENT = 20
 """Lines that a run's loss and rates of now are the mean and the median of."""
+_EVENTS = 50
+"""Most events of a run that the page tells of."""
+_COUNTS = (("skipped", "steps left out"), ("reruns", "steps run again"), ("rollbacks", "times back to a checkpoint"))
+_DONE = {"rerun": "run again", "skip": "skipped", "rollback": "went back", "straggler": "named"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class RunLog:
     """Lines of training."""
     validations: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    faults: Sequence[Mapping[str, Any]] = ()
+    """Events of the ledger."""
 
 
 def run(config: ReportConfig) -> None:
@@ -76,7 +83,6 @@ def read_run(folder: Path, name: str) -> RunLog:
     if not metrics.is_file():
         raise InputError(f"{folder}: {METRICS_FILE} is missing: no run of pretrain.py has made a step there; give its --save folder.")
     rows = _rows(metrics)
-    samples = folder / SAMPLES_FILE
     return RunLog(
         name=name,
         folder=folder,
@@ -84,7 +90,8 @@ def read_run(folder: Path, name: str) -> RunLog:
         settings=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
         steps=[row for row in rows if "loss" in row],
         validations=[row for row in rows if "validation_loss" in row],
-        samples=_rows(samples) if samples.is_file() else [],
+        samples=_rows(folder / SAMPLES_FILE),
+        faults=_rows(folder / LEDGER_FILE),
     )
 
 
@@ -97,12 +104,15 @@ def content(runs: Sequence[RunLog]) -> dict[str, Any]:
         "charts": [chart for chart in _charts(runs) if chart is not None],
         "components": [chart for chart in _component_charts(runs) if chart is not None],
         "samples": _samples(runs),
+        "faults": _faults(runs),
         "differences": _differences(runs),
     }
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
@@ -139,6 +149,7 @@ def _summary(run: RunLog) -> dict[str, Any]:
         values = [row[key] / scale for row in recent if key in row]
         if values:
             facts.append((shown.format(statistics.median(values)), label))
+    facts += [(f"{last[key]:,}", label) for key, label in _COUNTS if last.get(key)]
     left = (total - done) * last["tokens"] / done / rate if total else 0.0
     state = "finished" if run.finished else f"under way or stopped, {clock(left)} of training left at this rate"
     return {"name": run.name, "state": state, "facts": facts}
@@ -197,6 +208,15 @@ def _samples(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
             ],
         }
         for prompt in prompts
+    ]
+
+
+def _faults(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """Return the newest events of each run, the newest first."""
+    return [
+        {"name": run.name, "color": number, "iteration": event["iteration"], "done": _DONE[event["kind"]], "text": event["text"]}
+        for number, run in enumerate(runs)
+        for event in reversed(run.faults[-_EVENTS:])
     ]
 
 

@@ -22,7 +22,7 @@ from megatron_instruct.training.optimizer import make_optimizer, torch_optimizer
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 
-VOCABULARY, SEQUENCE = 500, 32
+VOCABULARY, SEQUENCE, MICRO = 500, 32, 2
 
 
 def main() -> None:
@@ -48,7 +48,10 @@ def main() -> None:
             for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
                 buffer.grad_data.fill_(1e-3)
         optimizer.step()
-        found[name] = {
+        if ranks == 1:
+            found[name] = {"activations": kept_of_a_forward_pass(models[0])}
+        found.setdefault(name, {})
+        found[name] |= {
             "weights": sum(size(parameter) for model in models for parameter in model.parameters()),
             "gradients": sum(size(buffer.grad_data) for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]),
             "optimizer": optimizer_bytes(optimizer, mixed=parallel.bf16),
@@ -58,6 +61,25 @@ def main() -> None:
     fullest = {name: max((rank[name] for rank in gathered), key=lambda parts: sum(parts.values())) for name in found}
     if torch.distributed.get_rank() == 0:
         print(json.dumps(fullest))
+
+
+def kept_of_a_forward_pass(model: Any) -> int:
+    """Return the bytes that a forward pass over MICRO sequences keeps for the backward pass, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(VOCABULARY, (MICRO, SEQUENCE + 1))
+    positions = torch.arange(SEQUENCE).expand(MICRO, -1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    del loss
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def size(tensor: torch.Tensor) -> int:

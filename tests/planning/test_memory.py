@@ -103,9 +103,32 @@ def _measure(*arguments: str, processes: int = 1) -> dict[str, Any]:
     return measured
 
 
-def test_weights_gradients_and_optimizer_are_those_of_a_real_model() -> None:
-    for name, measured in _measure("tiny:fp32", "tiny:bf16", "tiny-experts:fp32").items():
+@pytest.fixture(scope="module")
+def on_one_process() -> dict[str, Any]:
+    return _measure("tiny:fp32", "tiny:bf16", "31M:fp32", "tiny-experts:fp32")
+
+
+def test_weights_gradients_and_optimizer_are_those_of_a_real_model(on_one_process: dict[str, Any]) -> None:
+    for name, measured in on_one_process.items():
         _compare(name, measured, ParallelLayout(), distributed=False)
+
+
+@pytest.mark.parametrize("name", ["tiny:fp32", "tiny:bf16", "31M:fp32"])
+def test_all_memory_is_within_15_percent_of_what_a_real_model_on_a_cpu_keeps(on_one_process: dict[str, Any], name: str) -> None:
+    preset, precision = name.split(":")
+    shape = shape_of(make_architecture({}, preset_name=preset, vocab_size=500, seq_length=32))
+    execution = Execution(
+        layout=ParallelLayout(),
+        seq_length=32,
+        global_batch_size=2,
+        micro_batch_size=2,
+        precision=precision,  # type: ignore[arg-type]
+        distributed_optimizer=False,
+        cpu_modules=True,
+    )
+    memory, measured = memory_of_stage(shape, execution, 0), on_one_process[name]
+    assert memory.activations + memory.logits == pytest.approx(measured["activations"], rel=0.15)
+    assert memory.total == pytest.approx(sum(measured.values()), rel=0.15)
 
 
 @pytest.mark.slow

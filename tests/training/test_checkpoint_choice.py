@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, which are kept, and what a damaged, foreign or half-written one gives: one message."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import pytest
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import locked
-from megatron_instruct.models.checkpoint_folder import damage, read_description
+from megatron_instruct.manifest import read_manifest, write_manifest
+from megatron_instruct.models.checkpoint_folder import damage, read_description, sealed
 from megatron_instruct.training.checkpoint_choice import newest_candidate
 from megatron_instruct.training.checkpoint_retention import delete, delete_expendable, expendable
 
@@ -61,7 +63,6 @@ def test_a_changed_number_in_the_manifest_is_found(saved: Path) -> None:
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b"half"), r"__0_0\.distcp has 4 bytes where its manifest says"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: no such manifest"),
         (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "st'), r"manifest\.json is not valid JSON"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": 2}'), r"is of format 2, .*a newer version wrote it; upgrade"),
         (shutil.rmtree, r"manifest\.json: no such manifest"),
     ],
 )
@@ -75,12 +76,29 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_named(spoil: Ca
         newest_candidate(saved, passed_over=known)
 
 
-def test_a_checkpoint_of_a_newer_kind_is_passed_over(saved: Path) -> None:
-    path = saved / "iter_0000020" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["facts"]["checkpoint_format"] = 2
-    path.write_text(json.dumps(content))
-    assert "is a checkpoint of format 2, and this version reads 1" in newest_candidate(saved).passed_over[0]
+def of_a_newer_kind(folder: Path) -> None:
+    manifest = read_manifest(folder / "manifest.json")
+    newer = dataclasses.replace(manifest, facts={**manifest.facts, "checkpoint_format": 2})
+    write_manifest(folder / "manifest.json", sealed(newer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 2}'), r"is of format 2, .*a newer version wrote it; upgrade"),
+        (of_a_newer_kind, r"is a checkpoint of format 2, and this version reads 1: version .* wrote it; upgrade"),
+    ],
+)
+def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_replaced(
+    change: Callable[[Path], None], message: str, flags: Flags, saved: Path
+) -> None:
+    change(saved / "iter_0000020")
+    before = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
+    with pytest.raises(InputError, match=rf"{message}.* To go on from an older checkpoint, move that folder away"):
+        start(flags(saved))
+    assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
+    shutil.rmtree(saved / "iter_0000020")
+    assert newest_candidate(saved).path == saved / "iter_0000010"
 
 
 def test_a_checkpoint_above_the_named_one_does_not_count(saved: Path) -> None:

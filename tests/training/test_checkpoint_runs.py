@@ -75,32 +75,43 @@ LAYOUTS = {
 """Every layout of tensor, pipeline and data sizes 1 and 2: the processes and the flags."""
 
 
-@pytest.mark.slow
-def test_every_layout_reads_what_every_layout_saved(several: Several, flags: Flags, one: dict[str, Path], tmp_path: Path) -> None:
-    """Losses equal the undisturbed run's within 1e-5; saved with the distributed optimizer and read without it, and the reverse."""
-    saved = {name: tmp_path / f"from {name}".replace(" ", "-") for name in LAYOUTS}
-    kinds = {name: SHARDED if number % 2 else () for number, name in enumerate(LAYOUTS)}
-    for processes in (1, 2, 4, 8):
+PROCESSES = (1, 2, 4, 8)
+KINDS = {name: SHARDED if number % 2 else () for number, name in enumerate(LAYOUTS)}
+"""The optimizer that each layout saves with; it is read with the other kind."""
+
+
+@pytest.fixture(scope="module")
+def saved_in_every_layout(several: Several, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    saved = {name: folder / f"from {name}".replace(" ", "-") for name in LAYOUTS}
+    for processes in PROCESSES:
         fresh = [name for name, (count, _) in LAYOUTS.items() if count == processes]
-        runs = [{"flags": flags(saved[name], *LAYOUTS[name][1], *kinds[name]), "of": None, "at": 0} for name in fresh]
-        several(processes, runs, tmp_path / f"fresh-{processes}.json")
-    for processes in (1, 2, 4, 8):
-        readers = [name for name, (count, _) in LAYOUTS.items() if count == processes]
-        pairs = [(reader, writer) for reader in readers for writer in LAYOUTS]
-        folders = {pair: tmp_path / f"{pair[1]} to {pair[0]}".replace(" ", "-") for pair in pairs}
-        runs = [
-            {
-                "flags": flags(folder, *LAYOUTS[reader][1], *(() if kinds[writer] else SHARDED)),
-                "of": str(saved[writer]),
-                "at": STOP,
-            }
-            for (reader, writer), folder in folders.items()
-        ]
-        several(processes, runs, tmp_path / f"resumed-{processes}.json")
-        for pair, folder in folders.items():
-            found, wanted = (read_metrics(run).training for run in (folder, one["reference"]))
-            assert [row[1] for row in found] == pytest.approx([row[1] for row in wanted], abs=1e-5, rel=0.0), pair
-            shutil.rmtree(folder)
+        runs = [{"flags": flags(saved[name], *LAYOUTS[name][1], *KINDS[name]), "of": None, "at": 0} for name in fresh]
+        several(processes, runs, folder / f"fresh-{processes}.json")
+    return saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_every_layout_reads_what_every_layout_saved(
+    several: Several, flags: Flags, one: dict[str, Path], saved_in_every_layout: dict[str, Path], tmp_path: Path, processes: int
+) -> None:
+    """Losses equal the undisturbed run's within 1e-5; saved with the distributed optimizer and read without it, and the reverse."""
+    readers = [name for name, (count, _) in LAYOUTS.items() if count == processes]
+    folders = {(reader, writer): tmp_path / f"{writer} to {reader}".replace(" ", "-") for reader in readers for writer in LAYOUTS}
+    runs = [
+        {
+            "flags": flags(folder, *LAYOUTS[reader][1], *(() if KINDS[writer] else SHARDED)),
+            "of": str(saved_in_every_layout[writer]),
+            "at": STOP,
+        }
+        for (reader, writer), folder in folders.items()
+    ]
+    several(processes, runs, tmp_path / "resumed.json")
+    for pair, folder in folders.items():
+        found, wanted = (read_metrics(run).training for run in (folder, one["reference"]))
+        assert [row[1] for row in found] == pytest.approx([row[1] for row in wanted], abs=1e-5, rel=0.0), pair
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

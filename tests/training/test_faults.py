@@ -12,7 +12,7 @@ import pytest
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.training.settings.faults import FaultOptions
 
-from .conftest import SHARDED, read_metrics, weights
+from .conftest import PIPELINE, SHARDED, TENSOR, read_metrics, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAST = 10
@@ -54,20 +54,37 @@ class Ended:
         return [row for line in (self.folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
 
 
+Launch = Callable[..., dict[str, "Ended"]]
+
+
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]], torchrun_session: Any) -> dict[str, Ended]:
-    folder = tmp_path_factory.mktemp("faults")
-    folders = {name: folder / name.replace(" ", "-") for name in (*FRESH, *AGAIN)}
-    # without validation, as nothing here is about it
-    short = ("--train-iters", LAST, "--save-interval", 4, "--eval-interval", 100, *SHARDED)
-    plan = [{"flags": flags(folders[name], *short, *more), "faults": faults, "of": None, "at": 0} for name, (faults, more) in FRESH.items()]
-    for name, (of, at, more) in AGAIN.items():
-        plan.append({"flags": flags(folders[name], *short, *more), "faults": "", "of": str(folders[of]), "at": at})
-    (folder / "runs.json").write_text(json.dumps(plan))
-    result = torchrun_session(2, Path(__file__).with_name("several_runs.py"), folder / "runs.json")
-    assert result.returncode == 0, result.stderr[-3000:]
-    ends = json.loads((folder / "runs.json.ends").read_text())
-    return {name: Ended(folder=path, end=end) for (name, path), end in zip(folders.items(), ends, strict=True)}
+def launch(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str]], torchrun_session: Any) -> Launch:
+    """Do runs on two processes, each with the faults that it is given, then the ones that go on; return how they ended."""
+
+    def do(
+        layout: tuple[object, ...], fresh: dict[str, tuple[str, tuple[object, ...]]], again: dict[str, tuple[str, int, tuple[object, ...]]]
+    ) -> dict[str, Ended]:
+        folder = tmp_path_factory.mktemp("faults")
+        folders = {name: folder / name.replace(" ", "-") for name in (*fresh, *again)}
+        # without validation, as nothing here is about it
+        short = ("--train-iters", LAST, "--save-interval", 4, "--eval-interval", 100, *layout)
+        plan = [
+            {"flags": flags(folders[name], *short, *more), "faults": faults, "of": None, "at": 0} for name, (faults, more) in fresh.items()
+        ]
+        for name, (of, at, more) in again.items():
+            plan.append({"flags": flags(folders[name], *short, *more), "faults": "", "of": str(folders[of]), "at": at})
+        (folder / "runs.json").write_text(json.dumps(plan))
+        result = torchrun_session(2, Path(__file__).with_name("several_runs.py"), folder / "runs.json")
+        assert result.returncode == 0, result.stderr[-3000:]
+        ends = json.loads((folder / "runs.json.ends").read_text())
+        return {name: Ended(folder=path, end=end) for (name, path), end in zip(folders.items(), ends, strict=True)}
+
+    return do
+
+
+@pytest.fixture(scope="module")
+def ended(launch: Launch) -> dict[str, Ended]:
+    return launch(SHARDED, FRESH, AGAIN)
 
 
 def assert_same(one: Ended, other: Ended) -> None:
@@ -147,6 +164,59 @@ def test_a_slow_process_is_named_once(ended: dict[str, Ended]) -> None:
     events = ended["slow"].events
     assert [event["ranks"] for event in events] == [[1]]
     assert "rank 1 on " in events[0]["text"] and "is slow: its own computation takes" in events[0]["text"]
+
+
+@dataclass(frozen=True)
+class OneModelOverTwo:
+    """Where a fault of rank 1 is in a model of four layers that two processes share."""
+
+    flags: tuple[object, ...]
+    layer: int
+    """Of decoder.layers.1 on rank 1, in the whole model."""
+    place: str
+
+
+SHARED_MODEL = {
+    "tensor": OneModelOverTwo((*TENSOR, *SHARDED), 2, "rank 1 (tensor 1, pipeline 0, data 0)"),
+    "pipeline": OneModelOverTwo(PIPELINE, 4, "rank 1 (tensor 0, pipeline 1, data 0)"),
+}
+FIRST_STAGE = "nan-output module=decoder.layers.0 rank=0 step=6"
+GRADIENT = "nan-gradient parameter=decoder.layers.0.mlp.linear_fc1.weight rank=1 step=6"
+BROKEN_WEIGHT = "nan-weight parameter=decoder.layers.1.mlp.linear_fc2.weight rank=1 step=7"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SHARED_MODEL)
+def test_bad_steps_of_a_model_over_two_processes_are_named_and_left_out_alike(layout: str, launch: Launch, data: Path) -> None:
+    over = SHARED_MODEL[layout]
+    fresh = {name: FRESH[name] for name in ("undisturbed", "passing", "skipped", "hopeless", "signalled", "spike")}
+    fresh |= {"first stage": (FIRST_STAGE, ()), "gradient": (GRADIENT, ()), "gone back": (BROKEN_WEIGHT, ())}
+    ended = launch(over.flags, fresh, {**AGAIN, "again first stage": ("first stage", 4, ())})
+
+    assert_same(ended["passing"], ended["undisturbed"])
+    assert [event["kind"] for event in ended["passing"].events] == ["rerun"]
+    where = {
+        "skipped": f"the output of layer {over.layer}: decoder.layers.1.mlp on {over.place}, microbatch 0",
+        "first stage": "the output of layer 1: decoder.layers.0 on rank 0 (tensor 0, pipeline 0, data 0), microbatch 0",
+        "gradient": f"the gradient of layer {over.layer - 1}: decoder.layers.0.mlp.linear_fc1.weight on {over.place}",
+        "gone back": f"the weight layer {over.layer}: decoder.layers.1.mlp.linear_fc2.weight on {over.place}",
+    }
+    for name, text in where.items():
+        (event,) = ended[name].events
+        assert (event["kind"], event["where"]) == ("rollback" if name == "gone back" else "skip", text)
+        assert event["documents"] and all(piece.startswith(f"{data} document ") for piece in event["documents"])
+        left_out = {5, 6, 7} if name == "gone back" else {6}
+        assert [row["iteration"] for row in ended[name].rows] == [step for step in range(1, LAST + 1) if step not in left_out]
+        assert ended[name].rows[-1]["skipped"] == len(left_out)
+    for of in ("skipped", "gone back", "spike", "first stage"):
+        assert_same(ended[f"again {of}"], ended[of])
+        assert ended[f"again {of}"].events == ended[of].events
+    assert_same(ended["again signalled"], ended["undisturbed"])
+    assert [event["kind"] for event in ended["spike"].events] == ["skip"]
+    assert [event["kind"] for event in ended["hopeless"].events] == ["skip", "skip", "rollback", "skip", "skip"]
+    assert ended["hopeless"].end.startswith("6 step 10 cannot be done: the loss is")
+    assert f"layer {over.layer}: decoder.layers.1.mlp on {over.place}" in ended["hopeless"].end
+    assert ended["again hopeless"].end == "done"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ def make_run(folder: Path, *, steps: int, finished: bool = False, cut: bool = Fa
             "grad_norm": 1.0,
             "tokens_per_second": 50.0,
             "memory": 1 << 30,
+            "skipped": int(step >= 4),
+            "reruns": 0,
         }
         for step in range(1, steps + 1)
     ]
@@ -31,6 +33,8 @@ def make_run(folder: Path, *, steps: int, finished: bool = False, cut: bool = Fa
     text = "".join(json.dumps(line) + "\n" for line in [*lines, validation])
     (folder / "metrics.jsonl").write_text(text + ('{"iteration": 99, "lo' if cut else ""))
     (folder / "samples.jsonl").write_text(json.dumps({"iteration": 3, "prompt": "A hacker is", "text": EVIL}) + "\n")
+    fault = {"kind": "skip", "iteration": 4, "text": f"step 4: the loss is nan; the batch is skipped. {EVIL}", "run": "1"}
+    (folder / "faults.jsonl").write_text(json.dumps(fault) + "\n" + ('{"ki' if cut else ""))
     (folder / "settings.yaml").write_text(f"train_iters: 20\nlr: 0.1\nsave: {folder.name}\n")
     if finished:
         (folder / "manifest.json").write_text("{}")
@@ -47,6 +51,8 @@ def test_a_page_compares_runs_one_of_them_under_way(tmp_path: Path) -> None:
         assert f"<b>{value}</b>" in page
     assert page.count("<polyline") == 2 * (5 + 2)
     assert "Validation loss on books" in page
+    assert page.count("<td>skipped</td><td>step 4: the loss is nan;") == 2
+    assert page.count("<b>1</b><span>steps left out</span>") == 2 and "steps run again" not in page
     assert EVIL not in page and "&lt;script&gt;" in page
     assert re.search(r"<td>save</td><td>vanilla</td><td>instruct</td>", page), "the settings that differ"
     assert "<td>lr</td>" not in page

@@ -48,10 +48,14 @@ def latest(folder: Path) -> str:
 
 def test_one_process_killed_between_saves_and_while_saving(tmp_path: Path, flags: Flags, one: dict[str, Path]) -> None:
     save, log = tmp_path / "save", tmp_path / "log"
-    process = launch(1, flags(save), log)
+    process = launch(1, flags(save, "--num-workers", 1), log)
     wait_until(lambda: steps(save) >= 5, process, log)
+    readers = psutil.Process(process.pid).children()
+    assert readers
     process.kill()
     process.wait()
+    psutil.wait_procs(readers, timeout=1)
+    assert not any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers), "they would hold the lock"
     assert not (save / "manifest.json").exists()
 
     process = launch(1, flags(save), log)
