@@ -3,7 +3,8 @@
 
 - ours: all that tools/synthesize.py does, but for loading the engine: from the model's fingerprint and the intake to filters and the merge
 - reference: the loop of the public script (microsoft/LMOps, instruction_pretrain/README.md) with that project's own functions: one
-  LLM.generate a round, each round after the one before. Give the folder `instruction_pretrain` of a checkout with --reference
+  LLM.generate a round, each round after the one before. Give the folder `instruction_pretrain` of a checkout with --reference. Its BOS and
+  EOS, which it writes as text, are made those of the model, so that both sides ask the same
 - generate: one LLM.generate over the very prompts that ours sent, all known from the beginning
 
 Every turn begins with an empty prefix cache. Pairs are counted as parsed, before filters, by each side's own parser; with a model that
@@ -37,9 +38,21 @@ class Turn:
     """What one side did in one turn."""
 
     seconds: float
+    processor_seconds: float
+    """Of all threads, the engine's among them, which are in this process: what a machine with other work to do leaves to compare."""
     texts: int
     pairs: int
     tokens: int
+
+
+class Watch:
+    """Times by both clocks."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._began[0], time.process_time() - self._began[1]
 
 
 class Shared:
@@ -88,12 +101,12 @@ def our_turn(shared: Shared, options: argparse.Namespace, corpus: Path, rounds: 
     from megatron_instruct.synthesis.run import run
 
     config = our_config(options, corpus, rounds, folder / "out")
-    began = time.perf_counter()
+    watch = Watch()
     with mock.patch("megatron_instruct.synthesis.worker.load_engine", lambda *_: shared):
         manifest = run(config)
-    seconds = time.perf_counter() - began
+    times = watch.read()
     assert manifest is not None, "no share was asked for"
-    return Turn(seconds, manifest.counts["texts"], manifest.counts.get("pairs_parsed", 0), manifest.counts["generated_tokens"])
+    return Turn(*times, manifest.counts["texts"], manifest.counts.get("pairs_parsed", 0), manifest.counts["generated_tokens"])
 
 
 def our_config(options: argparse.Namespace, corpus: Path, rounds: int, output: Path) -> Any:
@@ -115,6 +128,9 @@ def reference_turn(llm: Any, options: argparse.Namespace, texts: Sequence[RawTex
     from utils import read_compre  # type: ignore[import-not-found]  # of the folder given with --reference
     from vllm import SamplingParams
 
+    tokenizer = llm.get_tokenizer()
+    read_compre.eos_token = tokenizer.eos_token
+    read_compre.cook_read.__defaults__ = (tokenizer.bos_token,)
     counted: list[int] = []
     generate = llm.generate
 
@@ -127,25 +143,25 @@ def reference_turn(llm: Any, options: argparse.Namespace, texts: Sequence[RawTex
     size = -(-len(raw) // rounds)
     examples: list[Any] = []
     limits = {"max_model_len": options.max_model_len, "max_new_tokens": options.max_new_tokens}
-    began = time.perf_counter()
+    watch = Watch()
     with mock.patch.object(llm, "generate", counting):
         for number in range(rounds):
             block = raw[number * size : (number + 1) * size]
             split = read_compre.get_dataset(prev_examples=examples, cur_raw_texts=block, **limits)
             examples = read_compre.run(split, llm, SamplingParams(temperature=0, max_tokens=options.max_new_tokens))
-    seconds = time.perf_counter() - began
+    times = watch.read()
     entries = [entry for collection in examples for entry in collection]
-    return Turn(seconds, len(entries), sum(len(entry["QA_list"]) for entry in entries), sum(counted))
+    return Turn(*times, len(entries), sum(len(entry["QA_list"]) for entry in entries), sum(counted))
 
 
 def generate_turn(llm: Any, requests: Sequence[Any]) -> Turn:
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-    began = time.perf_counter()
+    watch = Watch()
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=requests[0].max_new_tokens), use_tqdm=False)
-    seconds = time.perf_counter() - began
-    return Turn(seconds, len(outputs), 0, sum(len(output.outputs[0].token_ids) for output in outputs))
+    times = watch.read()
+    return Turn(*times, len(outputs), 0, sum(len(output.outputs[0].token_ids) for output in outputs))
 
 
 def turns_of(options: argparse.Namespace, rounds: int, shared: Shared, texts: Sequence[RawText]) -> Iterator[dict[str, Turn]]:
@@ -169,7 +185,10 @@ def turns_of(options: argparse.Namespace, rounds: int, shared: Shared, texts: Se
         for side in [*sides, *sides][first : first + len(sides)]:
             shared.reset()
             turn[side] = sides[side]()
-        report = {side: f"{one.seconds:.1f} s, {one.pairs} pairs, {one.tokens} tokens" for side, one in turn.items()}
+        report = {
+            side: f"{one.seconds:.1f} s, {one.processor_seconds:.1f} s of processor, {one.pairs} pairs, {one.tokens} tokens"
+            for side, one in turn.items()
+        }
         print(f"rounds {rounds}, turn {number + 1}: {report}", file=sys.stderr, flush=True)
         yield turn
 
@@ -178,17 +197,15 @@ def compared(turns: Sequence[dict[str, Turn]]) -> dict[str, Any]:
     """Return medians of each side, and how many times as fast ours is."""
     rates = {
         side: {
-            f"{what}_per_s": statistics.median(getattr(turn[side], what) / turn[side].seconds for turn in turns)
+            f"{what}_per_{clock}": statistics.median(getattr(turn[side], what) / getattr(turn[side], f"{clock}s") for turn in turns)
+            for clock in ("second", "processor_second")
             for what in ("texts", "pairs", "tokens")
         }
         for side in turns[0]
     }
     result: dict[str, Any] = {side: {name: round(rate, 3) for name, rate in side_rates.items()} for side, side_rates in rates.items()}
     for other in (side for side in rates if side != "ours"):
-        names = ("texts", "tokens") if other == "generate" else ("texts", "tokens", "pairs")
-        result[f"ours / {other}"] = {
-            name: round(rates["ours"][f"{name}_per_s"] / rate, 3) if (rate := rates[other][f"{name}_per_s"]) else None for name in names
-        }
+        result[f"ours / {other}"] = {name: round(rates["ours"][name] / rate, 3) for name, rate in rates[other].items() if rate}
     return result
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_instruct.synthesis.schedule import Usage
-from megatron_instruct.synthesis.worker import Report
+from megatron_instruct.synthesis.worker import NextShard, Report
 
 
 class Dispatch:
@@ -14,13 +14,13 @@ class Dispatch:
         self._held: dict[int, set[int]] = {}
         self._texts, self._usage = 0, Usage()
 
-    def next_shard(self, worker: int) -> int | None:
-        """Return a shard that is the worker's from now on, or None when none is left."""
+    def next_shard(self, worker: int) -> NextShard | None:
+        """Give a worker a shard, or None when none is left."""
         if not self._left:
             return None
         shard = self._left.pop()
         self._held.setdefault(worker, set()).add(shard)
-        return shard
+        return NextShard(number=shard, last=not self._left)
 
     def report(self, worker: int, report: Report) -> None:
         """Note what a worker did."""

@@ -117,7 +117,7 @@ def _resolve(config: SynthesizeConfig) -> _Job:
 
 
 def _check_length(config: SynthesizeConfig) -> None:
-    """Refuse to ask for more tokens than the model has positions; where it stretches its positions, or a server has it, these know better."""
+    """Refuse more tokens than the model has positions, unless it stretches them, which vLLM knows better, or a server has the model."""
     file = config.model / "config.json"
     about = read_json(file) if config.engine != "server" and file.is_file() else {}
     positions = about.get("max_position_embeddings")

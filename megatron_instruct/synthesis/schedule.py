@@ -2,7 +2,9 @@
 
 Comes in: columns, each a generator that yields requests and is sent their completions, so that a column asks for its next text as soon as
 the one before it is parsed, while other columns are anywhere. What follows is asked first: its prompt begins with what the engine has just
-had in its cache. Columns are taken up one by one as places come free, so a corpus of any size needs the memory of what is in work.
+had in its cache. Columns are taken up one by one as places come free, so a corpus of any size needs the memory of what is in work. Only
+when the last columns would fit into the engine together does the order turn round: those that have most before them go first, since a
+column that is taken up late would go through its rounds when the engine has hardly anything else to do.
 Requests fail one by one; a dead engine is loaded again, a limited number of times. Does not know: prompts, texts, files of results.
 """
 
@@ -64,6 +66,8 @@ class _Waiting:
     """A column that waits for completions."""
 
     column: ColumnWork
+    step: int
+    """How often it has waited before."""
     completions: list[Completion | None]
 
 
@@ -89,13 +93,16 @@ class Schedule:
         self._suspects: list[tuple[_Question, Completion]] = []
         """Failed for good, unless it turns out that the engine is at fault."""
         self._any_success = False
+        self._columns_left: Callable[[], int | None] = lambda: None
 
-    def run(self, next_column: Callable[[], ColumnWork | None]) -> None:
+    def run(self, next_column: Callable[[], ColumnWork | None], columns_left: Callable[[], int | None] = lambda: None) -> None:
         """Work until there is nothing left.
 
-        next_column: gives a column, or None when there is none, or none before one in work is done. Raises EngineError when the engine is
-        dead or nothing that it is asked succeeds; what was finished is in the journals.
+        next_column: gives a column, or None when there is none, or none before one in work is done. columns_left: how many it can still
+        give; None while nobody knows. Raises EngineError when the engine is dead or nothing that it is asked succeeds; what was finished is
+        in the journals.
         """
+        self._columns_left = columns_left
         try:
             while True:
                 self._fill(next_column)
@@ -112,14 +119,23 @@ class Schedule:
     def _fill(self, next_column: Callable[[], ColumnWork | None]) -> None:
         """Submit what is ready, and take up columns, until the engine has what it can hold."""
         while self._engine is None or len(self._in_work) < self._engine.capacity:
-            if self._ready:
-                self._submit(self._ready.popleft())
+            left = self._columns_left()
+            ending = self._engine is not None and left is not None and left <= self._engine.capacity
+            if self._ready and not (ending and left):
+                self._submit(self._take_ready(earliest=ending))
             elif (column := next_column()) is not None:
                 self._advance(column, None)
             else:
                 return
 
-    def _advance(self, column: ColumnWork, completions: Sequence[Completion] | None) -> None:
+    def _take_ready(self, *, earliest: bool) -> _Question:
+        """Take the question that was ready first, or the one of the column that has most before it."""
+        place = min(range(len(self._ready)), key=lambda place: self._ready[place].column.step) if earliest else 0
+        question = self._ready[place]
+        del self._ready[place]
+        return question
+
+    def _advance(self, column: ColumnWork, completions: Sequence[Completion] | None, step: int = 0) -> None:
         """Send a column its completions; go on while the journal knows the answers to what it asks next."""
         while True:
             try:
@@ -127,13 +143,13 @@ class Schedule:
             except StopIteration as end:
                 column.done(end.value)
                 return
-            waiting = _Waiting(column, [column.journal.take(request) for request in requests])
+            waiting = _Waiting(column, step, [column.journal.take(request) for request in requests])
             self._any_success |= any(known is not None and known.error is None for known in waiting.completions)
             asked = [place for place, known in enumerate(waiting.completions) if known is None]
             if asked:
                 self._ready.extend(_Question(requests[place], waiting, place) for place in asked)
                 return
-            completions = [known for known in waiting.completions if known is not None]
+            completions, step = [known for known in waiting.completions if known is not None], step + 1
 
     def _submit(self, question: _Question) -> None:
         if self._engine is None and not self._deaths:
@@ -195,7 +211,7 @@ class Schedule:
         column.completions[question.place] = completion
         known = [one for one in column.completions if one is not None]
         if len(known) == len(column.completions):
-            self._advance(column.column, known)
+            self._advance(column.column, known, column.step + 1)
 
     def _bury(self, error: EngineError) -> None:
         """Load a dead engine again and ask it all that the old one had in work, or give up."""

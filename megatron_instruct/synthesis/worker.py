@@ -65,6 +65,15 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NextShard:
+    """A shard that is a worker's from now on."""
+
+    number: int
+    last: bool
+    """None is left after it, unless one comes back from a worker that is lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What was done since the last report."""
 
@@ -76,8 +85,8 @@ class Report:
 class Worker:
     """Works on the shards that it is given until there are no more."""
 
-    def __init__(self, assignment: Assignment, next_shard: Callable[[], int | None], report: Callable[[Report], None]) -> None:
-        """next_shard: the number of the next shard, None when there is none left."""
+    def __init__(self, assignment: Assignment, next_shard: Callable[[], NextShard | None], report: Callable[[Report], None]) -> None:
+        """next_shard: gives the next shard, None when there is none left."""
         config = assignment.config
         prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
         prompts = load_prompts(prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
@@ -94,6 +103,7 @@ class Worker:
         self._columns: list[ColumnWork] = []
         """Of the last shard that was opened, those not taken up yet, in reverse order."""
         self._open: set[OpenShard] = set()
+        self._last_is_open = False
 
     def run(self) -> None:
         """Raises EngineError when the engine is dead for good."""
@@ -103,7 +113,7 @@ class Worker:
         with Texts(self._assignment.folder / INTAKE) as self._texts:
             self._plan = ShardPlan(columns=ColumnPlan(len(self._texts), config.rounds), size=config.shard_size)
             try:
-                schedule.run(self._next_column)
+                schedule.run(self._next_column, lambda: len(self._columns) if self._last_is_open else None)
             finally:
                 for shard in self._open:
                     shard.journal.close()
@@ -116,11 +126,12 @@ class Worker:
     _most_open = _OPEN
 
     def _next_column(self) -> ColumnWork | None:
-        while not self._columns and len(self._open) < self._most_open and (number := self._next_shard()) is not None:
-            if read_shard(self._assignment.shard(number)) is None:
-                self._open_shard(number)
+        while not self._columns and len(self._open) < self._most_open and (shard := self._next_shard()) is not None:
+            self._last_is_open = shard.last
+            if read_shard(self._assignment.shard(shard.number)) is None:
+                self._open_shard(shard.number)
             else:  # its worker was lost before it could say so
-                self._report(Report(finished_shard=number))
+                self._report(Report(finished_shard=shard.number))
         return self._columns.pop() if self._columns else None
 
     def _open_shard(self, number: int) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,20 @@ def chain(name: str, length: int) -> Steps[list[str]]:
     return told
 
 
-def work(columns: Sequence[tuple[str, int]], engine: Recorder, journal: Journal, limits: Limits = LIMITS) -> dict[str, list[str]]:
+def work(
+    columns: Sequence[tuple[str, int]], engine: Recorder, journal: Journal, limits: Limits = LIMITS, *, end_is_known: bool = False
+) -> dict[str, list[str]]:
     """Drive chains of the given lengths, and return what each gave."""
     results: dict[str, list[str]] = {}
-    left = iter(columns)
+    left = deque(columns)
 
     def next_column() -> ColumnWork | None:
-        if (column := next(left, None)) is None:
+        if not left:
             return None
-        name, length = column
+        name, length = left.popleft()
         return ColumnWork(steps=chain(name, length), journal=journal, done=lambda result: results.update({name: result}))
 
-    Schedule(lambda: engine, limits, lambda _: None).run(next_column)
+    Schedule(lambda: engine, limits, lambda _: None).run(next_column, (lambda: len(left)) if end_is_known else lambda: None)
     return results
 
 
@@ -81,20 +84,31 @@ def test_a_text_is_asked_about_as_soon_as_its_predecessor_is_answered(journal: J
     assert engine.submitted == ["a0", "b0", "a1", "c0", "a2", "c1", "d0"], "no round waits for another, and what follows goes first"
 
 
+def test_at_the_end_the_columns_with_most_before_them_go_first_so_that_none_is_left_alone(journal: Journal) -> None:
+    """Of five columns of three texts the last two fit into the engine together: d and e begin before b goes on."""
+    engine = Recorder(capacity=2)
+    columns = [(name, 3) for name in "abcde"]
+    work(columns, engine, journal, end_is_known=True)
+    assert " ".join(engine.submitted) == "a0 b0 a1 b1 a2 b2 c0 d0 e0 c1 d1 e1 c2 d2 e2"
+
+
 @given(
     columns=st.lists(st.integers(1, 4), max_size=8),
     capacity=st.integers(1, 5),
     order=st.lists(st.integers(0, 99), min_size=40, max_size=40),
+    end_is_known=st.booleans(),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_in_whatever_order_an_engine_answers_each_column_gets_its_own(
-    tmp_path: Path, columns: list[int], capacity: int, order: list[int]
+    tmp_path: Path, columns: list[int], capacity: int, order: list[int], end_is_known: bool
 ) -> None:
     (tmp_path / "journal").unlink(missing_ok=True)
     journal, draws = Journal(tmp_path / "journal"), iter(order)
     engine = Recorder(capacity, lambda in_work: next(draws) % len(in_work))
     names = [(f"c{number}-", length) for number, length in enumerate(columns)]
-    assert work(names, engine, journal) == {name: [f"{name}{number}" for number in range(length)] for name, length in names}
+    assert work(names, engine, journal, end_is_known=end_is_known) == {
+        name: [f"{name}{number}" for number in range(length)] for name, length in names
+    }
     assert engine.most <= capacity
     journal.close()
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 from megatron_instruct.errors import ConfigError, EngineError, Failure, MegatronInstructError
 from megatron_instruct.synthesis.dispatch import Dispatch
-from megatron_instruct.synthesis.worker import Assignment, Report, Worker
+from megatron_instruct.synthesis.worker import Assignment, NextShard, Report, Worker
 
 _SECONDS = 1.0
 """Between two looks at what was reported."""
@@ -33,11 +33,11 @@ def run_local(assignment: Assignment, shards: Sequence[int], report: Callable[[R
 
     Raises EngineError, ConfigError and what else stops a worker; what was finished is kept.
     """
+    dispatch = Dispatch(shards)
     if assignment.config.replicas > 1:
-        _Processes(assignment, Dispatch(shards)).run(report)
+        _Processes(assignment, dispatch).run(report)
     else:
-        left = iter(shards)
-        Worker(assignment, lambda: next(left, None), report).run()
+        Worker(assignment, lambda: dispatch.next_shard(0), report).run()
 
 
 class _Processes:
@@ -151,10 +151,10 @@ def _work(connection: Connection, assignment: Assignment, place: _Place) -> None
     os.environ.update(place.environment)
     os.sched_setaffinity(0, place.cores)
 
-    def next_shard() -> int | None:
+    def next_shard() -> NextShard | None:
         connection.send(None)
-        number: int | None = connection.recv()
-        return number
+        shard: NextShard | None = connection.recv()
+        return shard
 
     try:
         Worker(assignment, next_shard, connection.send).run()

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_instruct.cluster import ray_cluster
 from megatron_instruct.errors import ConfigError, EngineError, Failure, MegatronInstructError
 from megatron_instruct.synthesis.dispatch import Dispatch
-from megatron_instruct.synthesis.worker import Assignment, Report, Worker
+from megatron_instruct.synthesis.worker import Assignment, NextShard, Report, Worker
 
 _SECONDS = 1.0
 """Between two looks at what was reported."""
@@ -97,9 +97,9 @@ class _Actor:
         """Return why it gave up, and the exit status of that; None when there was nothing left to do."""
         import ray
 
-        def next_shard() -> int | None:
-            number: int | None = ray.get(self._dispatch.next_shard.remote(self._worker))
-            return number
+        def next_shard() -> NextShard | None:
+            shard: NextShard | None = ray.get(self._dispatch.next_shard.remote(self._worker))
+            return shard
 
         def report(what: Report) -> None:
             self._dispatch.report.remote(self._worker, what)
