@@ -4,7 +4,8 @@ raw text -> (synthesis) -> M-shot example: one-shot examples in sequence, each a
          -> (templates) -> instruction-augmented text: one document, with the role of every character.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -125,6 +126,15 @@ class MShotExample:
             return cls._checked_from_json(value, where=where)
         return example if example._is_complete() else cls._checked_from_json(value, where=where)
 
+    @classmethod
+    def from_line(cls, line: bytes | str) -> "MShotExample | None":
+        """Read a line of JSON without anything between; None for one that is no example, or where from_json has to say what is wrong."""
+        try:
+            example = _example_decoder()(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        return example if example._is_complete() else None
+
     def _is_complete(self) -> bool:
         """Whether there are shots and no text is blank, which msgspec does not look at."""
         texts = [self.id]
@@ -142,6 +152,11 @@ class MShotExample:
         if not isinstance(shots, list) or not shots:
             raise InputError(f"{where}: 'shots' must be a non-empty list of one-shot examples; this is not an example file of synthesis.")
         return cls(id=_text(value, "id", where), shots=tuple(OneShotExample.from_json(shot, where=where) for shot in shots))
+
+
+@functools.cache
+def _example_decoder() -> Callable[[bytes | str], MShotExample]:
+    return msgspec.json.Decoder(MShotExample).decode
 
 
 class Span(NamedTuple):

@@ -16,6 +16,7 @@ from msgspec import UNSET
 from megatron_instruct.corpora.parts import Part, Slice, read_part
 from megatron_instruct.corpora.read import BrokenRecord, Record, json_lines
 from megatron_instruct.preprocessing.documents import Document, DocumentMaker, Spans, checked_spans
+from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.rendering import Rendering
 
 BLOCK_BYTES = 1 << 20
@@ -117,15 +118,21 @@ class BlockReader:
     def _line_by_line(self, lines: Iterable[bytes], path: Path, first: int) -> Block:
         block, examples = self._empty_block(path), False
         for number, line in enumerate(lines, first):
-            document = (self._plain(line) or self._augmented(line)) if not examples and _is_clean(line) else None
+            document = self._at_once(line, number, path, examples=examples) if _is_clean(line) else None
             if document is not None:
                 block.add(document, number, line)
+                examples = document.rendering is not None  # then the next line is likely one, too
                 continue
-            before = len(block.rendered)
+            examples = False
             for item in json_lines([line], path, first_line=number):
                 block.add(item if isinstance(item, BrokenRecord) else self._maker.document(item), number, line)
-            examples = len(block.rendered) > before  # then the next line is likely one, too; the careful readers take any
         return block
+
+    def _at_once(self, line: bytes, number: int, path: Path, *, examples: bool) -> Document | None:
+        """Return the document of a line when it is of a known kind and nothing is wrong with it. examples: what to look for first."""
+        if examples:
+            return self._example(line, number, path)
+        return self._plain(line) or self._augmented(line) or self._example(line, number, path)
 
     def _plain(self, line: bytes) -> Document | None:
         """Return the document of a line when it is a plain one and nothing is wrong with it."""
@@ -142,6 +149,11 @@ class BlockReader:
             return None
         spans = checked_spans(row.spans, row.text) if row.text.strip() else "no text"
         return None if isinstance(spans, str) else Document(texts=(row.text,), spans=spans)
+
+    def _example(self, line: bytes, number: int, path: Path) -> Document | None:
+        example = MShotExample.from_line(line) if self._keys == ("text",) else None
+        document = self._maker.rendered(example, Record(path, number, {})) if example is not None else None
+        return None if isinstance(document, BrokenRecord) else document
 
     def _careful(self, items: Iterable[Record | BrokenRecord]) -> Iterator[Block]:
         block, characters = None, 0

@@ -80,7 +80,11 @@ class DocumentMaker:
             what = "an example with pairs" if is_example else "a document with roles"
             return record.broken("roles need --json-keys text", f"{what} has no other text than its own, and several keys no roles")
         if is_example:
-            return self._rendered(record)
+            try:
+                example = MShotExample.from_json(value, where=record.where)
+            except InputError as error:
+                return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
+            return self.rendered(example, record)
         texts = self._texts(record)
         if isinstance(texts, BrokenRecord) or not is_augmented:
             return texts if isinstance(texts, BrokenRecord) else Document(texts=texts)
@@ -96,15 +100,14 @@ class DocumentMaker:
             texts.append(text)
         return tuple(texts)
 
-    def _rendered(self, record: Record) -> Document | BrokenRecord:
+    def rendered(self, example: MShotExample, record: Record) -> Document | BrokenRecord:
+        """Return the document of an example. record: what it was read from."""
         if self._bank is None:
             self._bank = load_bank(self._options.bank, extension=self._options.extension)
         try:
-            rendering = render(MShotExample.from_json(record.value, where=record.where), self._bank, seed=self._options.seed)
+            rendering = render(example, self._bank, seed=self._options.seed)
             for text in (rendering.document.text, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in rendering.set_aside)):
                 text.encode()
-        except InputError as error:
-            return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
         except UnicodeEncodeError as error:
             return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
         document = rendering.document

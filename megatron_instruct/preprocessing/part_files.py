@@ -43,7 +43,11 @@ class PartSummary:
 
 def read_summary(folder: Path) -> PartSummary | None:
     """Return what the part in `folder` says of itself, or None when it is not finished."""
-    return PartSummary(**read_json(folder / SUMMARY)) if (folder / SUMMARY).is_file() else None
+    return PartSummary(**read_json(folder / SUMMARY)) if is_finished(folder) else None
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file()
 
 
 def bin_name(key: str) -> str:

@@ -7,6 +7,7 @@ by one worker into a folder of its own below OUTPUT_PREFIX.parts, which is remov
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeOptions
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
-from megatron_instruct.preprocessing.on_ray import encode_parts_on_ray
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
-from megatron_instruct.preprocessing.part_files import read_summary
+from megatron_instruct.preprocessing.part_files import is_finished
 from megatron_instruct.preprocessing.sample import sample_texts
 from megatron_instruct.preprocessing.verify import manifest_file
-from megatron_instruct.preprocessing.workers import WorkerSetup, encode_parts
-from megatron_instruct.preprocessing.workspace import take_up
+from megatron_instruct.preprocessing.workers import Team, WorkerSetup, started_team
+from megatron_instruct.preprocessing.workspace import plan_of, take_up
 from megatron_instruct.progress import Progress
-from megatron_instruct.shares import at_work, parse_share, remove_folder
+from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.fast import Backend, with_fast_backend
 
@@ -60,9 +60,18 @@ class _Job:
 class _Plan:
     """How the work is divided."""
 
-    parts: Sequence[tuple[Path, Part]]
-    """The folder that each part is encoded into, and the part, in the order of the input."""
-    backend: Backend
+    folders: Sequence[Path]
+    """The folder that each part is encoded into, in the order of the input."""
+    share: Mapping[Path, Part]
+    """The parts that are this run's to encode, by folder."""
+    left: Mapping[Path, Part]
+    """Those of them that are not encoded yet."""
+    encoding: Mapping[str, Any]
+    """What the manifest says of the backend."""
+    fast_form: str | None
+    """What workers encode with, see WorkerSetup; nothing where no part is left."""
+    team: Team | None
+    """Workers under way; None where no part is left, or where Ray has its own."""
 
 
 def run(config: PreprocessConfig) -> dict[str, Manifest]:
@@ -76,14 +85,14 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
 
     def prepare(alone: bool) -> _Plan | dict[str, Manifest]:
         found = _finished(job)
-        return _plan(job, alone=alone) if found is None else found
+        return _plan(job, share, team, alone=alone) if found is None else found
 
-    with at_work(job.folder, share, prepare) as place:
+    with ExitStack() as team, at_work(job.folder, share, prepare) as place, team:  # workers end before the folder is given back
         if isinstance(place.prepared, dict):
             done = place.prepared
         else:
             plan = place.prepared
-            _encode(job, plan, range(len(plan.parts)) if share is None else share.parts(len(plan.parts)))
+            _encode(job, plan)
             if _states(job.files) != before:
                 raise InputError("an input file changed while it was read; run the same command again.")
             if share is not None:
@@ -146,46 +155,79 @@ def _proved_backend(job: _Job) -> Backend:
     return with_fast_backend(job.tokenizer, sample, choice=config.fast_tokenizer)
 
 
-def _plan(job: _Job, *, alone: bool) -> _Plan:
-    """Cut the input into parts, and take up the folder that they are encoded into. alone: no other run is at work there."""
-    backend = _proved_backend(job)
-    total = sum(record.bytes for record in job.inputs)
-    usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
-    wanted = job.config.partitions
-    parts = plan_parts(job.files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
-    plan = {
-        "settings": {**job.settings, RENDERING: job.render.fingerprint(), "backend": backend.facts["backend"]},
+def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _Plan:
+    """Take up the folder that parts are encoded into, start workers, and prove what they are to encode with meanwhile.
+
+    stack: ends the workers. alone: no other run is at work in the folder.
+    """
+    parts = _parts(job)
+    plan: dict[str, Any] = {
+        "settings": {**job.settings, RENDERING: job.render.fingerprint()},
         "inputs": [[record.path, record.sha256] for record in job.inputs],
         "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
     }
+    numbered = [(job.folder / f"{number:06d}", part) for number, part in enumerate(parts)]
+    own = dict(numbered[number] for number in (range(len(parts)) if share is None else share.parts(len(parts))))
+    known = plan_of(job.folder) or {}
+    goes_on = known == {**plan, "encoding": known.get("encoding")}
+    encoding: dict[str, Any] = known["encoding"] if goes_on else {}
+    left, form, team = _unfinished(own) if goes_on else own, None, None
+    if left:
+        if job.config.executor == "local":
+            team = stack.enter_context(started_team(min(job.config.workers, len(left))))
+        backend = _proved_backend(job)
+        form = backend.form
+        if encoding.get("backend") != backend.facts["backend"]:
+            encoding = backend.facts
     outputs = [file for prefix in job.prefixes().values() for file in (bin_file(prefix), idx_file(prefix))]
-    take_up(job.folder, plan, outputs=outputs, alone=alone)
-    return _Plan(parts=[(job.folder / f"{number:06d}", part) for number, part in enumerate(parts)], backend=backend)
+    take_up(job.folder, {**plan, "encoding": encoding}, outputs=outputs, alone=alone)
+    return _Plan(
+        folders=[folder for folder, _ in numbered],
+        share=own,
+        left=_unfinished(own),
+        encoding=encoding,
+        fast_form=form,
+        team=team,
+    )
 
 
-def _encode(job: _Job, plan: _Plan, numbers: Sequence[int]) -> None:
-    """Encode the parts of these numbers that are not encoded yet."""
-    left = {folder: part for folder, part in (plan.parts[number] for number in numbers) if read_summary(folder) is None}
-    if len(left) < len(numbers):
-        print(f"{len(numbers) - len(left)} of {len(numbers)} parts are finished already; going on with the rest.")
+def _unfinished(parts: Mapping[Path, Part]) -> dict[Path, Part]:
+    return {folder: part for folder, part in parts.items() if not is_finished(folder)}
+
+
+def _parts(job: _Job) -> list[Part]:
+    """Cut the input into parts."""
+    total = sum(record.bytes for record in job.inputs)
+    usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
+    wanted = job.config.partitions
+    return plan_parts(job.files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
+
+
+def _encode(job: _Job, plan: _Plan) -> None:
+    """Encode the parts of this run that are not encoded yet."""
+    left = plan.left
+    if len(left) < len(plan.share):
+        print(f"{len(plan.share) - len(left)} of {len(plan.share)} parts are finished already; going on with the rest.")
     if not left:
         return
-    config, setup = job.config, _worker_setup(job, plan.backend)
+    setup = _worker_setup(job, plan.fast_form)
     lines = [part.lines for part in left.values()]
     total = None if None in lines else sum(count for count in lines if count is not None)
     with Progress("preprocess", total=total, unit="documents") as progress:
-        if config.executor == "ray":
-            encode_parts_on_ray(left, setup, address=config.ray_address, report=progress.add)
+        if plan.team is not None:
+            plan.team.encode_parts(left, setup, report=progress.add)
         else:
-            encode_parts(left, setup, workers=config.workers, report=progress.add)
+            from megatron_instruct.preprocessing.on_ray import encode_parts_on_ray
+
+            encode_parts_on_ray(left, setup, address=job.config.ray_address, report=progress.add)
 
 
-def _worker_setup(job: _Job, backend: Backend) -> WorkerSetup:
+def _worker_setup(job: _Job, fast_form: str | None) -> WorkerSetup:
     config = job.config
     return WorkerSetup(
         tokenizer_path=config.tokenizer_model,
         fingerprint=job.tokenizer.fingerprint,
-        fast=backend.tokenizer is not job.tokenizer,
+        fast_form=fast_form,
         options=EncodeOptions(
             json_keys=config.json_keys,
             append_eod=config.append_eod,
@@ -212,10 +254,10 @@ def _write(job: _Job, plan: _Plan) -> dict[str, Manifest]:
         named=", ".join(job.config.input),
         facts={
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
-            "encoding": plan.backend.facts,
+            "encoding": plan.encoding,
         },
     )
-    manifests = write_data_sets(job.config, [folder for folder, _ in plan.parts], origin)
+    manifests = write_data_sets(job.config, plan.folders, origin)
     for key, manifest in manifests.items():
         write_manifest(manifest_file(job.config.prefix(key)), manifest)
     return manifests

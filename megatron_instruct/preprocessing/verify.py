@@ -14,6 +14,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
 from megatron_instruct.manifest import Manifest, read_manifest
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file
+from megatron_instruct.preprocessing.token_scan import document_tokens, pieces_of, scan_tokens
 from megatron_instruct.records import ROLE_CODES
 from megatron_instruct.tokenizer import token_dtype
 
@@ -35,6 +36,8 @@ class Findings:
     """Documents whose last token is the end-of-document token; None when that is unknown."""
     roles: Mapping[str, int] | None
     """Tokens of each role; None without a file of roles."""
+    bin_sha256: str
+    """Of PREFIX.bin."""
     faults: tuple[str, ...]
 
 
@@ -45,22 +48,25 @@ def verify(prefix: Path, *, vocab_size: int | None, eod: int | None) -> Findings
     """
     dataset = IndexedDataset(prefix)
     faults = structure_faults(dataset)
-    smallest, largest = _range(dataset)
-    if smallest is not None and smallest < 0:
-        faults.append(f"the smallest token id is {smallest}; ids start at 0")
-    if vocab_size is not None and largest is not None and largest >= vocab_size:
-        faults.append(f"the largest token id is {largest}; the tokenizer's vocabulary has {vocab_size}: another tokenizer made the data")
-    sound = not faults
+    index_is_sound = not faults
+    scan = scan_tokens(dataset, eod=eod if index_is_sound else None)
+    if scan.smallest is not None and scan.smallest < 0:
+        faults.append(f"the smallest token id is {scan.smallest}; ids start at 0")
+    if vocab_size is not None and scan.largest is not None and scan.largest >= vocab_size:
+        faults.append(
+            f"the largest token id is {scan.largest}; the tokenizer's vocabulary has {vocab_size}: another tokenizer made the data"
+        )
     roles, role_faults = _roles(prefix, len(dataset.tokens))
     return Findings(
         documents=len(dataset),
         tokens=len(dataset.tokens),
         dtype=dataset.dtype.name,
-        smallest=smallest,
-        largest=largest,
-        empty_documents=_empty_documents(dataset) if sound else 0,
-        ended_documents=_ended_documents(dataset, eod) if sound and eod is not None else None,
+        smallest=scan.smallest,
+        largest=scan.largest,
+        empty_documents=_empty_documents(dataset) if index_is_sound else 0,
+        ended_documents=scan.ended,
         roles=roles,
+        bin_sha256=scan.sha256,
         faults=(*faults, *role_faults),
     )
 
@@ -70,10 +76,7 @@ def _roles(prefix: Path, tokens: int) -> tuple[dict[str, int] | None, list[str]]
     path = roles_file(prefix)
     if not path.is_file():
         return None, []
-    with open(path, "rb") as stream:
-        return count_roles(
-            path.name, (np.frombuffer(content, dtype=np.uint8) for content in iter(lambda: stream.read(_CHUNK), b"")), tokens
-        )
+    return count_roles(path.name, pieces_of(path, np.dtype(np.uint8)), tokens)
 
 
 def count_roles(name: str, pieces: Iterable[npt.NDArray[np.uint8]], tokens: int) -> tuple[dict[str, int], list[str]]:
@@ -106,7 +109,8 @@ def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[s
     if known_roles is not None and found.roles != known_roles:
         faults.append(f"the tokens of each role are {found.roles}; the manifest says {known_roles}")
     for output in manifest.outputs:
-        content = sha256_of(prefix.parent / output.path)
+        file = prefix.parent / output.path
+        content = found.bin_sha256 if file.name == bin_file(prefix).name else sha256_of(file)
         if content != output.sha256:
             faults.append(f"{output.path} has the SHA-256 {content[:12]}…; its manifest says {output.sha256[:12]}…: it was changed")
     for name, value in (("documents", found.documents), ("tokens", found.tokens)):
@@ -187,26 +191,5 @@ def _bound_faults(dataset: IndexedDataset) -> Iterator[str]:
         yield "the document bounds are not in order"
 
 
-def _range(dataset: IndexedDataset) -> tuple[int | None, int | None]:
-    extremes = [(int(dataset.tokens[span].min()), int(dataset.tokens[span].max())) for span in _spans(len(dataset.tokens))]
-    return (min(low for low, _ in extremes), max(high for _, high in extremes)) if extremes else (None, None)
-
-
-def _token_bounds(dataset: IndexedDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield, for one run of documents after another, the first token and the token past the last, int64."""
-    size = dataset.dtype.itemsize
-    for span in _spans(len(dataset)):
-        bounds = dataset.document_bounds[span.start : span.stop + 1]
-        at = np.minimum(bounds, max(len(dataset.sequence_lengths) - 1, 0))
-        tokens = np.where(bounds < len(dataset.sequence_lengths), dataset.sequence_offsets[at] // size, len(dataset.tokens))
-        yield tokens[:-1], tokens[1:]
-
-
 def _empty_documents(dataset: IndexedDataset) -> int:
-    return sum(int((first == end).sum()) for first, end in _token_bounds(dataset)) if len(dataset.sequence_lengths) else len(dataset)
-
-
-def _ended_documents(dataset: IndexedDataset, eod: int) -> int:
-    if not len(dataset.tokens):
-        return 0
-    return sum(int((dataset.tokens[end[end > first] - 1] == eod).sum()) for first, end in _token_bounds(dataset))
+    return sum(int((first == end).sum()) for first, end in document_tokens(dataset))

@@ -32,8 +32,8 @@ class WorkerSetup:
     tokenizer_path: Path
     fingerprint: str
     """That of the tokenizer as the parent process loaded it."""
-    fast: bool
-    """Encode with gigatoken, which the parent process has proved to give the same ids."""
+    fast_form: str | None
+    """The tokenizer in the form of gigatoken, which the parent process has proved to give the same ids; None: the library encodes."""
     options: EncodeOptions
     log_interval: int
     """Documents between two reports."""
@@ -63,30 +63,43 @@ class _Worker:
     part: Part | None = None
 
 
-def encode_parts(work: Mapping[Path, Part], setup: WorkerSetup, *, workers: int, report: Callable[[int], None]) -> None:
-    """Encode each part into its folder. report: called with the number of documents done since the last call.
+class Team:
+    """Worker processes that wait for work."""
 
-    Raises the first error of a worker, and MegatronInstructError for a worker that died; the other workers are stopped then.
-    """
-    waiting = [_Work(part, folder) for folder, part in reversed(list(work.items()))]
-    with _started(min(workers, len(waiting)), setup) as team:
-        for worker in team:
+    def __init__(self, workers: list[_Worker]) -> None:
+        self._workers = workers
+
+    def encode_parts(self, work: Mapping[Path, Part], setup: WorkerSetup, *, report: Callable[[int], None]) -> None:
+        """Encode each part into its folder. report: called with the number of documents done since the last call. To be called once.
+
+        Raises the first error of a worker, and MegatronInstructError for a worker that died.
+        """
+        waiting = [_Work(part, folder) for folder, part in reversed(list(work.items()))]
+        for worker in self._workers:
+            _send(worker, setup)
+        for worker in self._workers:
             _hand_out(worker, waiting)
-        while any(worker.part for worker in team):
-            for worker in _with_news(team):
+        while any(worker.part for worker in self._workers):
+            for worker in _with_news(self._workers):
                 message = _receive(worker)
                 if isinstance(message, Failure):
                     raise message.error()
                 report(message.documents)
                 if message.finished:
                     _hand_out(worker, waiting)
+        for worker in self._workers:
+            worker.process.wait()
 
 
 def _hand_out(worker: _Worker, waiting: list[_Work]) -> None:
     work = waiting.pop() if waiting else None
     worker.part = work.part if work else None
+    _send(worker, work)
+
+
+def _send(worker: _Worker, message: WorkerSetup | _Work | None) -> None:
     try:
-        worker.connection.send(work)
+        worker.connection.send(message)
     except BrokenPipeError:
         raise _death_of(worker) from None
 
@@ -110,22 +123,24 @@ def _death_of(worker: _Worker) -> MegatronInstructError:
     code = worker.process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     why = "the machine may have run out of memory: try fewer --workers" if code == -signal.SIGKILL else "its messages are above"
+    when = f"while encoding {worker.part}" if worker.part else "before it was given work"
     return MegatronInstructError(
-        f"worker {worker.number} (process {worker.process.pid}) {how} while encoding {worker.part}; {why}. "
+        f"worker {worker.number} (process {worker.process.pid}) {how} {when}; {why}. "
         "Finished parts are kept: run the same command again to go on."
     )
 
 
 @contextmanager
-def _started(count: int, setup: WorkerSetup) -> Iterator[list[_Worker]]:
-    """Start workers as processes of their own, which load what they need and no more: not the tool that started them."""
+def started_team(count: int) -> Iterator[Team]:
+    """Start workers as processes of their own, which load what they need and no more: not the tool that started them.
+
+    They load while this process goes on; those still at work when the block ends are stopped.
+    """
     team: list[_Worker] = []
     try:
         for number in range(count):
-            team.append(_start(number, setup))
-        yield team
-        for worker in team:
-            worker.process.wait()
+            team.append(_start(number))
+        yield Team(team)
     finally:
         for worker in team:
             worker.process.kill()
@@ -134,7 +149,7 @@ def _started(count: int, setup: WorkerSetup) -> Iterator[list[_Worker]]:
             os.close(worker.lifeline)
 
 
-def _start(number: int, setup: WorkerSetup) -> _Worker:
+def _start(number: int) -> _Worker:
     ours, theirs = Pipe()
     watched, lifeline = os.pipe()
     root = str(Path(megatron_instruct.__file__).resolve().parent.parent)
@@ -143,12 +158,7 @@ def _start(number: int, setup: WorkerSetup) -> _Worker:
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched))
     theirs.close()
     os.close(watched)
-    worker = _Worker(number, process, ours, lifeline)
-    try:
-        ours.send(setup)
-    except BrokenPipeError:
-        raise _death_of(worker) from None
-    return worker
+    return _Worker(number, process, ours, lifeline)
 
 
 @contextmanager
@@ -195,7 +205,7 @@ def make_encoder(setup: WorkerSetup) -> PartEncoder:
     tokenizer = load_tokenizer(setup.tokenizer_path)
     if tokenizer.fingerprint != setup.fingerprint:
         raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
-    return PartEncoder(fast_tokenizer(tokenizer) if setup.fast else tokenizer, setup.options)
+    return PartEncoder(tokenizer if setup.fast_form is None else fast_tokenizer(tokenizer, setup.fast_form), setup.options)
 
 
 def _end_with_parent(lifeline: int) -> None:

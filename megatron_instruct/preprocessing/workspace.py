@@ -16,21 +16,26 @@ from megatron_instruct.files import read_json, write_json
 _PLAN = "plan.json"
 
 
+def plan_of(folder: Path) -> Any:
+    """Return the plan of the parts in `folder`, None where there is none."""
+    return read_json(folder / _PLAN) if (folder / _PLAN).is_file() else None
+
+
 def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True) -> None:
     """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder.
 
     Raises InputError where files of `outputs` exist already that no run of this folder began, ConfigError where others have another plan.
     """
     plan = json.loads(json.dumps(plan))
-    plan_file = folder / _PLAN
-    if not plan_file.is_file():
+    found = plan_of(folder)
+    if found is None:
         for output in outputs:
             if output.exists():
                 raise InputError(
                     f"{output} exists already and has no manifest: it is not this tool's, or its manifest was removed; "
                     "choose another output_prefix or remove it."
                 )
-    elif read_json(plan_file) == plan:
+    elif found == plan:
         return
     elif not alone:
         raise ConfigError(f"another share is at work in {folder} with other inputs or settings; give all shares the same command.")
@@ -39,4 +44,4 @@ def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = T
     for leftover in folder.iterdir():
         if leftover.is_dir():
             shutil.rmtree(leftover)
-    write_json(plan_file, plan)
+    write_json(folder / _PLAN, plan)

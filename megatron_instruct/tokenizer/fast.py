@@ -15,12 +15,16 @@ import numpy as np
 
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
-from megatron_instruct.tokenizer.flat import Ends, FlatTokens, Spelling, token_dtype
+from megatron_instruct.tokenizer.flat import Ends, FlatTokens, token_dtype
 from megatron_instruct.tokenizer.protocol import Tokenizer
 
 FastChoice = Literal["auto", "gigatoken", "none"]
 _BATCH_CHARACTERS = 1 << 18
 _SHOWN_IDS = 12
+_MANY, _SHORT = 1024, 256
+"""Texts, and their characters on average: so many so short ones are encoded at once."""
+_RENEWED_AFTER = 1 << 26
+"""Characters after which gigatoken is loaded anew: what it remembers of words makes it faster, and would otherwise grow without end."""
 _PROBES = (
     "",
     " ",
@@ -39,6 +43,8 @@ class Backend:
     """The tokenizer to encode with, and what a manifest should say of it."""
 
     tokenizer: Tokenizer
+    form: str | None
+    """The tokenizer in gigatoken's own form, for other processes; None where the library encodes."""
     facts: dict[str, Any]
     """backend: "gigatoken 0.10.0" or "library"; with gigatoken the size of the proof, else the reason why it is not used."""
 
@@ -52,9 +58,9 @@ def with_fast_backend(
     "gigatoken" raises MissingPackageError or ConfigError then; "none" keeps the library.
     """
     if choice == "none":
-        return Backend(tokenizer=tokenizer, facts={"backend": "library", "reason": "asked for"})
+        return Backend(tokenizer=tokenizer, form=None, facts={"backend": "library", "reason": "asked for"})
     try:
-        fast = FastTokenizer(tokenizer, _engine(tokenizer))
+        fast = FastTokenizer(tokenizer, fast_form(tokenizer))
         reason = difference(tokenizer, fast, sample)
     except (NoFastFormError, MissingPackageError) as error:
         if choice == "gigatoken" and isinstance(error, MissingPackageError):
@@ -63,46 +69,52 @@ def with_fast_backend(
     if reason is None:
         size = sum(len(text.encode()) for text in sample)
         facts = {"backend": f"gigatoken {metadata.version('gigatoken')}", "proved_texts": len(sample), "proved_bytes": size}
-        return Backend(tokenizer=fast, facts=facts)
+        return Backend(tokenizer=fast, form=fast.form, facts=facts)
     if choice == "gigatoken":
         raise ConfigError(f"fast_tokenizer='gigatoken' is refused: {reason}; use --fast-tokenizer none.")
     report(f"gigatoken is not used, the slower library is: {reason}.")
-    return Backend(tokenizer=tokenizer, facts={"backend": "library", "reason": reason})
+    return Backend(tokenizer=tokenizer, form=None, facts={"backend": "library", "reason": reason})
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> "FastTokenizer":
+def fast_tokenizer(tokenizer: Tokenizer, form: str | None = None) -> "FastTokenizer":
     """Return `tokenizer` with gigatoken behind encode_flat, unproved: for processes whose parent has proved it.
 
-    Raises MissingPackageError, or ConfigError where gigatoken has no form of the tokenizer.
+    form: the tokenizer in gigatoken's own form, which takes long to make. Raises MissingPackageError, or ConfigError where gigatoken has
+    no form of the tokenizer.
     """
     try:
-        return FastTokenizer(tokenizer, _engine(tokenizer))
+        return FastTokenizer(tokenizer, form or fast_form(tokenizer))
     except NoFastFormError as error:
         raise ConfigError(f"fast_tokenizer='gigatoken' is refused: {error}; use --fast-tokenizer none.") from error
 
 
-def _engine(tokenizer: Tokenizer) -> Any:
+def _engine(form: str) -> Any:
     try:
         import gigatoken
     except ImportError as error:
         raise MissingPackageError("gigatoken", extra="fast", purpose="fast_tokenizer") from error
     try:
-        return gigatoken.Tokenizer.from_json(fast_form(tokenizer))
+        return gigatoken.Tokenizer.from_json(form)
     except (ValueError, RuntimeError) as error:
         raise NoFastFormError(f"gigatoken does not take this tokenizer ({str(error).splitlines()[0]})") from error
 
 
 class FastTokenizer:
-    """A tokenizer whose encode_flat runs in gigatoken."""
+    """A tokenizer whose encode_flat runs in gigatoken.
 
-    def __init__(self, library: Any, engine: Any) -> None:
-        self._library, self._engine = library, engine
+    Texts are encoded one by one: gigatoken then keeps what it found out about words, and its batches need the package awkward, which
+    takes longer to import than everything else that a worker needs. Of many short texts a batch is faster nevertheless.
+    """
+
+    def __init__(self, library: Any, form: str) -> None:
+        self._library, self.form = library, form
+        self._engine, self._encoded = _engine(form), 0
         self.kind: str = library.kind
         self.vocab_size: int = library.vocab_size
         self.eod: int = library.eod
         self.bos: int | None = library.bos
         self.fingerprint: str = library.fingerprint
-        self.spelling: Spelling = library.spelling
+        self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)
@@ -113,11 +125,24 @@ class FastTokenizer:
         return ids
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
+        if self._encoded > _RENEWED_AFTER:
+            self._engine, self._encoded = _engine(self.form), 0
+        characters = sum(map(len, texts))
+        self._encoded += characters
+        short = len(texts) >= _MANY and characters < _SHORT * len(texts)
+        flat = self._at_once(texts) if short else self._one_by_one(texts)
+        return self._library.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+
+    def _one_by_one(self, texts: Sequence[str]) -> FlatTokens:
+        found = list(map(self._engine.backend.encode, texts))
+        ids = np.concatenate(found, dtype=self._dtype, casting="unsafe") if found else np.empty(0, self._dtype)
+        return FlatTokens(ids=ids, lengths=np.fromiter(map(len, found), dtype=np.int32, count=len(found)), ends=None)
+
+    def _at_once(self, texts: Sequence[str]) -> FlatTokens:
         layout = self._engine.encode_batch(list(texts), parallel=False).layout  # one process, one core
         offsets = np.asarray(layout.offsets.data)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(token_dtype(self.vocab_size))
-        flat = FlatTokens(ids=ids, lengths=np.diff(offsets).astype(np.int32), ends=None)
-        return self.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self._dtype)
+        return FlatTokens(ids=ids, lengths=np.diff(offsets).astype(np.int32), ends=None)
 
     def ends_of(self, text: str) -> Ends:
         ends: Ends = self._library.ends_of(text)

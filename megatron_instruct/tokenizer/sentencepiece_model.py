@@ -3,6 +3,7 @@
 Comes in: the .model file. Goes out: a `Tokenizer`. Does not know: other libraries' forms of the same vocabulary.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ class SentencePieceTokenizer:
         self.eod = eod_id(pieces, eod_token or (self._processor.id_to_piece(eos) if eos >= 0 else None), file)
         bos = self._processor.bos_id()
         self.bos: int | None = bos if bos >= 0 else None
-        self.spelling = Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)], prefix=_prefix(content))
         self.fingerprint = fingerprint(content, self.eod)
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """Made when it is first asked for, since tokens alone do without."""
+        prefix = _prefix(self._processor.serialized_model_proto())
+        return Spelling.of([self._bytes_of(number) for number in range(self.vocab_size)], prefix=prefix)
 
     def _bytes_of(self, number: int) -> bytes:
         processor = self._processor

@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 
 from megatron_instruct.preprocessing.config import PreprocessConfig
-from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset
+from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, write_index
 from megatron_instruct.preprocessing.inspection import main
 from megatron_instruct.preprocessing.run import run
 
@@ -197,6 +200,24 @@ def test_another_tokenizer_is_a_fault(data: Path, tokenizer_folder: Path, tmp_pa
     (tmp_path / "other" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     assert main(["--data-path", str(data), "--tokenizer-model", str(tmp_path / "other")]) == 3
     assert "made with another tokenizer" in capsys.readouterr().out
+
+
+def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
+    size = 400_000_000
+    with open(tmp_path / "d.bin", "wb") as stream:
+        stream.truncate(size)
+    with open(tmp_path / "d.idx", "wb") as stream:
+        write_index(stream, np.dtype("<u2"), [np.full(1000, size // 2000, dtype=np.int32)])
+    code = (
+        "from megatron_instruct.preprocessing.inspection import main\n"
+        f"status = main(['--data-path', {str(tmp_path / 'd')!r}, '--adopt-data'])\n"
+        "print(status, *(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, kibibytes = done.stdout.splitlines()[-1].split()
+    assert status == "0"
+    assert "1,000 documents" in done.stdout
+    assert int(kibibytes) < 200_000, "less than half of the file"
 
 
 def test_data_of_another_tool_can_be_adopted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

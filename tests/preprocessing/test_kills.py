@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,7 +23,7 @@ LIMIT = 180.0
 
 @pytest.fixture
 def large_corpus(corpus: Path) -> Path:
-    """About 12 MB: some seconds of work, so that there is something to interrupt."""
+    """About 12 MB: some seconds of work for the tokenizer's library, so that there is something to interrupt."""
     corpus.write_bytes(corpus.read_bytes() * 60)
     return corpus
 
@@ -31,7 +31,7 @@ def large_corpus(corpus: Path) -> Path:
 def arguments(corpus: Path, prefix: Path, tokenizer: Path) -> list[object]:
     return [
         *("--input", corpus, "--output-prefix", prefix, "--tokenizer-model", tokenizer),
-        *("--append-eod", "--workers", 2, "--partitions", 40),
+        *("--append-eod", "--workers", 2, "--partitions", 40, "--fast-tokenizer", "none"),
     ]
 
 
@@ -42,15 +42,19 @@ def wait_until(what: Callable[[], bool], *, pause: float = 0.005) -> None:
         time.sleep(pause)
 
 
+def hold(process: subprocess.Popen[str], prefix: Path, *, parts: int) -> list[psutil.Process]:
+    """Halt a run once so many parts are finished, and return its workers. They get no more parts: a busy machine cannot end the run."""
+    wait_until(lambda: prefix.with_name(f"{prefix.name}.parts").is_dir() and finished_parts(prefix) >= parts)
+    process.send_signal(signal.SIGSTOP)
+    assert process.poll() is None, "the run ended before it could be interrupted"
+    return psutil.Process(process.pid).children()
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a run to end well, and return what it printed."""
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
     return out
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children()
 
 
 def lives(process: psutil.Process) -> bool:
@@ -77,8 +81,7 @@ def test_kill_9_at_several_moments_then_the_same_bytes(tmp_path: Path, large_cor
     prefix = tmp_path / "killed" / "a"
     for moment in (0, 1, 12, 25):
         process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
-        wait_until(lambda wanted=moment: prefix.with_name("a.parts").is_dir() and finished_parts(prefix) >= wanted)
-        workers = workers_of(process)
+        workers = hold(process, prefix, parts=moment)
         process.kill()
         process.communicate()
         wait_until(lambda orphans=workers: not any(map(lives, orphans)))
@@ -128,9 +131,9 @@ def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
 ) -> None:
     prefix = tmp_path / "a"
     process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
-    wait_until(lambda: finished_parts(prefix) >= 2)
-    workers = workers_of(process)
+    workers = hold(process, prefix, parts=2)
     os.kill(workers[0].pid, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert f"(process {workers[0].pid}) was killed by SIGKILL while encoding {large_corpus} lines" in err
@@ -139,13 +142,22 @@ def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
     finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let processes started here be interrupted: a shell that runs pytest in the background has it and all its children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all_workers_with_one_line(tmp_path: Path, large_corpus: Path, tokenizer_folder: Path, start: Start) -> None:
     prefix = tmp_path / "a"
     process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
-    wait_until(lambda: finished_parts(prefix) >= 2)
-    workers = workers_of(process)
+    workers = hold(process, prefix, parts=2)
     for target in (process, *workers):  # a terminal sends it to all of them
         target.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert "interrupted; finished work is kept" in err
@@ -158,7 +170,7 @@ def test_leftovers_of_a_run_with_other_settings_are_not_taken(
 ) -> None:
     prefix = tmp_path / "killed" / "a"
     process = start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder))
-    wait_until(lambda: finished_parts(prefix) >= 3)
+    hold(process, prefix, parts=3)
     process.kill()
     process.communicate()
     large_corpus.write_bytes(large_corpus.read_bytes().replace(b"bug", b"gub"))

@@ -47,6 +47,19 @@ def test_shares_in_any_order_end_with_the_bytes_of_one_machine(tmp_path: Path, s
     assert again["text"].counts["documents"] > 0, "finished already"
 
 
+def test_a_run_that_only_merges_proves_nothing_and_starts_no_worker(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["fast_tokenizer"] = "auto"
+    run(PreprocessConfig(output_prefix=tmp_path / "one" / "a", **settings))
+    for share in ("0/2", "1/2"):
+        run(PreprocessConfig(output_prefix=tmp_path / "shared" / "a", share=share, **settings))
+    for name in ("with_fast_backend", "started_team"):
+        monkeypatch.delattr(f"megatron_instruct.preprocessing.run.{name}")
+    run(PreprocessConfig(output_prefix=tmp_path / "shared" / "a", **settings))
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
+
+
 def test_a_share_that_is_at_work_and_other_settings_beside_it_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     prefix = tmp_path / "a"
     run(PreprocessConfig(output_prefix=prefix, share="0/2", **settings))

@@ -161,16 +161,40 @@ def test_kinds_without_a_form_and_a_missing_package_fall_back_or_are_named(
     assert with_fast_backend(mistral, ["x"], choice="none").facts == {"backend": "library", "reason": "asked for"}
 
 
-def test_encoding_takes_one_thread() -> None:
+def test_gigatoken_is_loaded_anew_after_so_many_characters_and_gives_the_same_ids(
+    mistral: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_RENEWED_AFTER", 100)
+    tokenizer = fast_tokenizer(mistral)
+    engine = tokenizer._engine
+    for texts in (["a word " * 10], ["another " * 10, ""], ["a word", "ähnlich"]):
+        expected, found = mistral.encode_flat(texts), tokenizer.encode_flat(texts)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.lengths.tolist() == expected.lengths.tolist()
+    assert tokenizer._engine is not engine
+
+
+def test_many_short_texts_get_the_ids_that_they_get_one_by_one(mistral: Tokenizer) -> None:
+    texts = [f"{number} Wörter, 漢字" * (number % 3) for number in range(2000)]
+    assert len(texts) > fast._MANY
+    at_once, single = (fast_tokenizer(mistral).encode_flat(texts[:count]) for count in (2000, 1000))
+    expected = mistral.encode_flat(texts)
+    assert np.array_equal(at_once.ids, expected.ids)
+    assert np.array_equal(at_once.lengths, expected.lengths)
+    assert np.array_equal(single.ids, expected.ids[: len(single.ids)])
+
+
+def test_encoding_takes_one_thread_and_no_package_that_is_slow_to_import() -> None:
     code = f"""
-import os
+import os, sys
 from megatron_instruct.tokenizer import fast_tokenizer, load_tokenizer
 tokenizer = fast_tokenizer(load_tokenizer({str(mistral_v1())!r}))
 tokenizer.encode_flat(["first"])
 before = len(os.listdir("/proc/self/task"))
 tokenizer.encode_flat(["some text " * 200] * 500)
-print(before, len(os.listdir("/proc/self/task")))
+print(before, len(os.listdir("/proc/self/task")), "awkward" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, after = done.stdout.split()
+    before, after, awkward = done.stdout.split()
     assert before == after
+    assert awkward == "False"
