@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """preprocess_data.py against Megatron-LM's preprocess_data_fast.py (gigatoken) and preprocess_data.py, each as a whole process, in turns.
 
-The same file, tokenizer (Mistral v1, of mistral-common) and number of workers; wall time from the start of the process to its end, and
-the sum of resident memory over it and all its children, sampled every 20 ms. .bin and .idx must be the same bytes. Then ours alone:
-memory and rate by size, 1 worker against 2, short documents against the same text in long ones, and rendering with tokenizing against
-tokenizing of the rendered text. Rates are megabytes (10^6 bytes) of text per second. The last line is JSON with medians and ratios.
+The same file, tokenizer (Mistral v1, of mistral-common) and number of workers; wall time from the start of the process to its end,
+processor time of it and all its children, and the sum of their resident memory, sampled every 20 ms. .bin and .idx must be the same
+bytes. Then ours alone: memory and rate by size, 1 worker against 2, short documents against the same text in long ones, and rendering
+with tokenizing against tokenizing of the rendered text. Rates are megabytes (10^6 bytes) of text per second; ratios of processor time say
+more where the machine has other work. The last line is JSON with medians and ratios.
 
 The text is that of corpus/make_corpus.py, which is run where --cache does not hold it yet. The peers need a checkout of Megatron-LM
 (--megatron-lm, or the variable MEGATRON_LM); without one ours is measured alone, and peers and ratios are null.
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -27,8 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.02
@@ -40,6 +40,7 @@ class Measured:
     """One run of one command."""
 
     seconds: float
+    processor_seconds: float
     peak_mib: float
     """Highest sum of resident memory over the process and its children, in MiB."""
     largest_mib: float
@@ -53,11 +54,11 @@ def measure(command: Sequence[str], folder: Path, environment: Mapping[str, str]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / "log", "wb") as log:
-        start = time.perf_counter()
-        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment))
+        start, used = time.perf_counter(), processor_time_of_children()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment))
         peak = largest = 0
         while process.poll() is None:
-            sizes = list(resident(process))
+            sizes = list(resident(process.pid))
             peak, largest = max(peak, sum(sizes)), max([largest, *sizes])
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - start
@@ -68,20 +69,28 @@ def measure(command: Sequence[str], folder: Path, environment: Mapping[str, str]
         with open(folder / f"{name}{suffix}", "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     shutil.rmtree(folder)
-    return Measured(seconds, peak / 2**20, largest / 2**20, digest.hexdigest())
+    return Measured(seconds, processor_time_of_children() - used, peak / 2**20, largest / 2**20, digest.hexdigest())
 
 
-def resident(process: psutil.Process) -> Iterator[int]:
-    """Yield the resident memory of a process and its children, in bytes; what ends meanwhile counts for nothing."""
+def processor_time_of_children() -> float:
+    """Return the processor time of all processes that this one, or one that it waited for, has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def resident(process: int) -> Iterator[int]:
+    """Yield the resident memory of a process and its children, in bytes; what ends meanwhile counts for nothing.
+
+    Linux names the children of each thread, so that not all processes of the machine are looked through, which would take time.
+    """
+    place = Path("/proc") / str(process)
     try:
-        members = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
+        yield int((place / "statm").read_text().split()[1]) * resource.getpagesize()
+        children = [child for task in (place / "task").iterdir() for child in (task / "children").read_text().split()]
+    except (OSError, IndexError):
         return
-    for member in members:
-        try:
-            yield member.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
+    for child in children:
+        yield from resident(int(child))
 
 
 class Bench:
@@ -94,6 +103,7 @@ class Bench:
             raise SystemExit("the benchmark's tokenizer comes with mistral-common; install it with: pip install mistral-common")
         self.model = Path(spec.origin).parent / "data" / "tokenizer.model.v1"
         self.environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each run of ours compiles itself, as no installed package does
 
     def corpus(self, megabytes: int, *, short: bool = False) -> Path:
         file = self.options.cache / f"text-{megabytes}mb{'-short' if short else ''}.jsonl"
@@ -149,13 +159,18 @@ def summary(runs: Sequence[Measured], megabytes: float) -> dict[str, float]:
     return {
         "mb_per_second": round(megabytes / statistics.median(run.seconds for run in runs), 3),
         "best_mb_per_second": round(megabytes / min(run.seconds for run in runs), 3),
+        "mb_per_processor_second": round(megabytes / statistics.median(run.processor_seconds for run in runs), 3),
         "peak_mib": round(statistics.median(run.peak_mib for run in runs), 1),
         "largest_process_mib": round(statistics.median(run.largest_mib for run in runs), 1),
     }
 
 
-def ratio(of: Mapping[str, float], to: Mapping[str, float]) -> float:
-    return round(of["mb_per_second"] / to["mb_per_second"], 3)
+def ratio(of: Mapping[str, float], to: Mapping[str, float], *, rate: str = "mb_per_second") -> float:
+    return round(of[rate] / to[rate], 3)
+
+
+def processor_ratio(of: Mapping[str, float], to: Mapping[str, float]) -> float:
+    return ratio(of, to, rate="mb_per_processor_second")
 
 
 def peers(bench: Bench) -> dict[str, Any]:
@@ -173,6 +188,7 @@ def peers(bench: Bench) -> dict[str, Any]:
         measured = name in runs
         figures.setdefault(name, None)
         figures[f"ratio_to_{name}"] = ratio(figures["ours"], figures[name]) if measured else None
+        figures[f"processor_ratio_to_{name}"] = processor_ratio(figures["ours"], figures[name]) if measured else None
         figures[f"same_bytes_as_{name}"] = digests[name] == digests["ours"] and len(digests[name]) == 1 if measured else None
     return figures
 
@@ -205,7 +221,7 @@ def workers(bench: Bench) -> dict[str, Any]:
     source = bench.corpus(size)
     runs = bench.turns({str(count): (lambda count=count: bench.ours(source, workers=count)) for count in (1, 2)})  # type: ignore[misc]
     one, two = (summary(runs[count], size) for count in ("1", "2"))
-    return {"one": one, "two": two, "ratio": ratio(two, one)}
+    return {"one": one, "two": two, "ratio": ratio(two, one), "processor_ratio": processor_ratio(two, one)}
 
 
 def short(bench: Bench) -> dict[str, Any]:
@@ -216,7 +232,8 @@ def short(bench: Bench) -> dict[str, Any]:
     figures = {name: summary(found, size) for name, found in runs.items()}
     with open(short_file, "rb") as stream:
         documents = sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 24), b""))
-    return {**figures, "short_documents": documents, "ratio": ratio(figures["short"], figures["long"])}
+    ratios = {"ratio": ratio(figures["short"], figures["long"]), "processor_ratio": processor_ratio(figures["short"], figures["long"])}
+    return {**figures, "short_documents": documents, **ratios}
 
 
 def rendering(bench: Bench) -> dict[str, Any]:
@@ -243,6 +260,7 @@ def rendering(bench: Bench) -> dict[str, Any]:
         **figures,
         "rendered_mb": round(megabytes, 1),
         "ratio": ratio(figures["rendering_and_tokenizing"], figures["tokenizing"]),
+        "processor_ratio": processor_ratio(figures["rendering_and_tokenizing"], figures["tokenizing"]),
         "same_bytes": same,
     }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Rendering of examples, ours against the reference's script, on the same examples, in documents per second.
 
-Timed on both sides: the line of JSON that holds an example -> the text of its document, parsed as each side parses: ours by msgspec, as
-the project's readers do, the reference's by json.loads (--json-loads: both by json.loads). Nothing is read or written while
+Timed on both sides: the line of JSON that holds an example -> the text of its document, parsed as each side parses: ours as
+preprocess_data.py does, the reference's by json.loads (--json-loads: both by json.loads). Nothing is read or written while
 the clock runs, and no random seed is made outside it. Ours does more in that time: it checks the record, keeps the role of every
 character, and records what was drawn. The sides take turns in one process, and its processor time is what counts, so that
 other work on the machine disturbs less; the last line is JSON with the medians and their ratio
@@ -30,8 +30,6 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -93,7 +91,7 @@ def _reference_pair(pair: dict[str, Any]) -> dict[str, str]:
     return {"Q": question, "A": answer}
 
 
-def our_side(parse: Callable[[str], Any]) -> Render:
+def our_side(*, json_loads: bool) -> Render:
     from megatron_instruct.records import MShotExample
     from megatron_instruct.templates.bank import load_bank, shipped_bank
     from megatron_instruct.templates.rendering import render
@@ -101,7 +99,9 @@ def our_side(parse: Callable[[str], Any]) -> Render:
     bank = load_bank(shipped_bank("en"))
 
     def one(line: str, number: int) -> str:
-        return render(MShotExample.from_json(parse(line), where="benchmark"), bank, seed=1234).document.text
+        example = MShotExample.from_json(json.loads(line), where="benchmark") if json_loads else MShotExample.from_line(line)
+        assert example is not None, "every line is an example"
+        return render(example, bank, seed=1234).document.text
 
     return one
 
@@ -139,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
 
     examples = make_examples(options.examples)
-    sides = {"ours": (our_side(json.loads if options.json_loads else msgspec.json.decode), [json.dumps(example) for example in examples])}
+    sides = {"ours": (our_side(json_loads=options.json_loads), [json.dumps(example) for example in examples])}
     if options.reference is not None:
         sides["reference"] = (reference_side(options.reference), [json.dumps(reference_entries(example)) for example in examples])
     else:
