@@ -8,6 +8,8 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Dtype
 
 Direction = Literal["megatron", "huggingface"]
+Way = Literal["import", "export", "re-layout"]
+"""What is done: Hugging Face to Megatron, Megatron to Hugging Face, Megatron to Megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class ConvertConfig:
     save: Path
     """Target folder; must not exist yet, or be empty."""
     to: Direction | None = None
-    """What to make; must agree with the source (default: the other of the two)."""
+    """What to make; must agree with the source (default: the other of the two). megatron of a Megatron checkpoint lays it out anew, each
+    tensor whole, with its optimizer."""
     iteration: int | None = None
     """Iteration of a Megatron source (default: the newest)."""
     dtype: Dtype | None = None

@@ -12,13 +12,14 @@ import torch
 
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.safetensors_folder import DTYPES, INDEX, StoredTensor, read_tensor, stored_tensors
+from megatron_instruct.conversion.tokenizer_files import read_tokenizer
 from megatron_instruct.conversion.weights import TIED, Weight, derived_names, rounded, weights_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json
 from megatron_instruct.manifest import FileRecord, records
 from megatron_instruct.models.architecture import Architecture, Dtype
 from megatron_instruct.models.huggingface_config import read_architecture
-from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _COPY_AGAIN = "the file is damaged, or the model is: copy it again"
@@ -83,12 +84,7 @@ def read_source(config: ConvertConfig) -> Source:
     tensors, weights = stored_tensors(folder), weights_of(architecture)
     set_aside = _check_tensors(folder, tensors, weights, architecture)
     tokenizer_path = config.tokenizer or folder
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, and the embedding of {folder} has {architecture.vocab_size} "
-            "rows; give the model's own tokenizer with --tokenizer."
-        )
+    tokenizer = read_tokenizer(tokenizer_path, model=folder, rows=architecture.vocab_size)
     used = {stored.dtype for name, stored in tensors.items() if name not in set_aside}
     if config.dtype is None and len(used) > 1:
         raise InputError(f"{folder} mixes weights of {', '.join(sorted(used))}; say which to write with --dtype.")
@@ -116,12 +112,20 @@ def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor], weights: l
     left_over = sorted(tensors.keys() - wanted.keys())
     set_aside = derived_names(architecture) | (TIED.keys() if architecture.tie_embeddings else set())
     if unknown := [name for name in left_over if name not in set_aside]:
-        raise InputError(f"{folder} holds {_some(unknown)}, which a {architecture.family} model of this config.json does not have.")
+        raise InputError(
+            f"{folder} holds {_some(unknown)}, which a {architecture.family} model of this config.json does not have; copy the model's "
+            "folder again, or mend config.json where it is another model's."
+        )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
-            raise InputError(f"{folder}: {name} has the shape {list(tensors[name].shape)}, and config.json calls for {list(shape)}.")
+            raise InputError(
+                f"{folder}: {name} has the shape {list(tensors[name].shape)}, and config.json calls for {list(shape)}; copy the model's "
+                "folder again, or mend config.json where it is another model's."
+            )
         if tensors[name].dtype not in DTYPES:
-            raise InputError(f"{folder}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}.")
+            raise InputError(
+                f"{folder}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}. Save it as one of them."
+            )
     for name in left_over:
         if name in TIED and not torch.equal(_read(tensors, name), _read(tensors, TIED[name])):
             raise InputError(

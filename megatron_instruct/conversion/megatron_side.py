@@ -133,7 +133,7 @@ def stored_dtypes(checkpoint: Checkpoint, plan: CheckpointPlan, architecture: Ar
         is_vocabulary = shape[0] >= architecture.vocab_size and "layers" not in name and len(shape) == 2
         fits = found[1:] == shape[1:] and found[0] >= architecture.vocab_size if is_vocabulary else found == shape
         if not fits:
-            raise InputError(f"{path}: {name} has the shape {found}, and its manifest says {shape}.")
+            raise InputError(f"{path}: {name} has the shape {found}, and its manifest says {shape}; write the checkpoint again.")
         if stored[name].dtype not in TORCH_DTYPES.values():
             raise InputError(
                 f"{path}: {name} is stored as {str(stored[name].dtype).removeprefix('torch.')}; supported: {', '.join(TORCH_DTYPES)}. "

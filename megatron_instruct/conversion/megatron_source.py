@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.conversion.config import ConvertConfig
+from megatron_instruct.conversion.tokenizer_files import read_tokenizer
 from megatron_instruct.errors import InputError
 from megatron_instruct.manifest import FileRecord, Manifest, record, records
 from megatron_instruct.models.architecture import Architecture, Dtype
 from megatron_instruct.models.checkpoint_folder import read_description
 from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import write_config
-from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
+from megatron_instruct.tokenizer import Tokenizer
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """How config.json calls the types."""
@@ -70,12 +71,7 @@ def read_source(config: ConvertConfig) -> Source:
     tokenizer_path = config.tokenizer or config.load / "tokenizer"
     if not tokenizer_path.exists():
         raise InputError(f"{tokenizer_path}: no such tokenizer; name the one that the model was trained with by --tokenizer.")
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"the tokenizer {tokenizer_path} has {tokenizer.vocab_size} ids, and the embedding of {path} has {architecture.vocab_size} "
-            "rows; give the model's own tokenizer with --tokenizer."
-        )
+    tokenizer = read_tokenizer(tokenizer_path, model=path, rows=architecture.vocab_size)
     trained_with = manifest.facts.get("tokenizer")
     if trained_with is not None and trained_with != tokenizer.fingerprint:
         raise InputError(f"{tokenizer_path} is another tokenizer than the one that {path} was trained with; give that one by --tokenizer.")

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: a Hugging Face folder -> a Megatron checkpoint, or back; which of them, the source says.
+"""tools/convert_checkpoint.py: a Hugging Face folder -> a Megatron checkpoint, or back, or a checkpoint laid out anew; the source says.
 
 The walk: settings -> direction -> source, checked by name and size -> weight table -> result under a temporary name -> proof -> commit.
 """
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.conversion.config import ConvertConfig, Direction
+from megatron_instruct.conversion.config import ConvertConfig, Way
 from megatron_instruct.conversion.digests import Digests
-from megatron_instruct.conversion.target import require_memory, require_new, require_room
+from megatron_instruct.conversion.target import BYTES, require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest, finished
 from megatron_instruct.models.architecture import Architecture
@@ -21,7 +21,7 @@ from megatron_instruct.models.checkpoint_folder import iteration_folder
 _HUGGINGFACE, _MEGATRON = "config.json", "latest_checkpointed_iteration.txt"
 
 
-def direction_of(config: ConvertConfig) -> Direction:
+def way_of(config: ConvertConfig) -> Way:
     """Recognise what the source is and return what is made of it; --to must agree."""
     found = [name for name in (_HUGGINGFACE, _MEGATRON) if (config.load / name).is_file()]
     if not found:
@@ -31,32 +31,27 @@ def direction_of(config: ConvertConfig) -> Direction:
         )
     if len(found) == 2 and config.to is None:
         raise ConfigError(f"load={config.load} holds both {_HUGGINGFACE} and {_MEGATRON}; say with --to what to make.")
-    directions: dict[str, Direction] = {_HUGGINGFACE: "megatron", _MEGATRON: "huggingface"}
-    possible = [directions[name] for name in found]
-    if config.to == "megatron" and possible == ["huggingface"]:
-        raise ConfigError(
-            f"to='megatron', and load={config.load} is a Megatron checkpoint already, of no particular layout: weights and optimizer state "
-            "lie under the names of their parameters. pretrain.py goes on from it under any tensor, pipeline, context, expert and data "
-            "layout, with or without the distributed optimizer; there is nothing to convert."
-        )
-    if config.to is not None and config.to not in possible:
-        raise ConfigError(f"to={config.to!r}, but load={config.load} holds {found[0]}, which becomes {possible[0]!r}; drop --to.")
-    direction = config.to or possible[0]
-    if direction == "megatron" and config.iteration is not None:
+    if found == [_HUGGINGFACE] and config.to == "huggingface":
+        raise ConfigError(f"to='huggingface', but load={config.load} holds {_HUGGINGFACE}, which becomes 'megatron'; drop --to.")
+    if _MEGATRON in found and config.to != "megatron":
+        return "export"
+    if found == [_MEGATRON]:
+        return "re-layout"
+    if config.iteration is not None:
         raise ConfigError(f"iteration={config.iteration} goes with a Megatron source, and {config.load} is a Hugging Face folder; drop it.")
-    return direction
+    return "import"
 
 
 def run(config: ConvertConfig) -> Manifest:
     """Do the stage and return its manifest."""
     started = time.monotonic()
-    direction = direction_of(config)
+    way = way_of(config)
     with _quiet_libraries():
-        manifest = _to_megatron(config) if direction == "megatron" else _to_huggingface(config)
+        manifest = {"import": _import, "export": _export, "re-layout": _relayout}[way](config)
     proved = "proved" if manifest.facts["proof"]["proved"] else "NOT proved (--no-prove)"
     print(
-        f"{config.save}: {manifest.counts['parameters'] / 1e6:,.1f}M parameters in {manifest.facts['dtype']}, for {direction}, {proved}; "
-        f"{time.monotonic() - started:,.1f} s"
+        f"{config.save}: {manifest.counts['parameters'] / 1e6:,.1f}M parameters in {manifest.facts['dtype']}, "
+        f"for {'huggingface' if way == 'export' else 'megatron'}, {proved}; {time.monotonic() - started:,.1f} s"
     )
     return manifest
 
@@ -65,7 +60,7 @@ def run(config: ConvertConfig) -> Manifest:
 # without megatron-core, and while it is imported, the source is read already.
 
 
-def _to_megatron(config: ConvertConfig) -> Manifest:
+def _import(config: ConvertConfig) -> Manifest:
     from megatron_instruct.conversion.huggingface_source import read_source
 
     source = read_source(config)
@@ -81,7 +76,7 @@ def _to_megatron(config: ConvertConfig) -> Manifest:
         return convert(config, source, digests, text)
 
 
-def _to_huggingface(config: ConvertConfig) -> Manifest:
+def _export(config: ConvertConfig) -> Manifest:
     from megatron_instruct.conversion.megatron_source import read_source
 
     source = read_source(config)
@@ -96,13 +91,19 @@ def _to_huggingface(config: ConvertConfig) -> Manifest:
         return convert(config, source, digests, text)
 
 
+def _relayout(config: ConvertConfig) -> Manifest:
+    from megatron_instruct.conversion.relayout import relayout
+
+    return relayout(config)
+
+
 def _prepare(config: ConvertConfig, architecture: Architecture, dtype: str) -> str:
     """Check the target, the disk, the memory, and the proof's text, which is returned; start what the proof needs."""
     from megatron_instruct.conversion import huggingface_side, proof
     from megatron_instruct.conversion.weights import largest_tensor, weights_of
 
     require_new(config.save)
-    require_room(config.save, architecture, dtype)
+    require_room(config.save, architecture.num_parameters * BYTES[dtype])
     require_memory(largest_tensor(weights_of(architecture)))
     text = proof.proof_text(config.prove_text)
     if config.prove:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.models.architecture import Architecture
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one parameter."""
@@ -21,10 +20,10 @@ def require_new(target: Path) -> None:
         raise InputError(f"{target} holds something else already; give another --save, or remove it.")
 
 
-def require_room(target: Path, architecture: Architecture, dtype: str) -> None:
-    """Raise ConfigError where the disk has no room for the weights."""
+def require_room(target: Path, size: int) -> None:
+    """Raise ConfigError where the disk has no room for so many bytes of values."""
     place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
-    needed, free = 1.05 * architecture.num_parameters * BYTES[dtype], shutil.disk_usage(place).free
+    needed, free = 1.05 * size, shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
             f"{place} has {free / 1e9:.2f} GB free, and the result takes about {needed / 1e9:.2f} GB; free room, or give another --save."

@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -80,12 +80,34 @@ class StoredTensor:
     chunks: tuple[_Chunk, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """Where what is no tensor lies. It is never looked into."""
+
+    file: Path
+    position: int
+    length: int
+
+
 class Checkpoint:
-    """The tensors of a checkpoint of any layout, by name. Raises InputError for one that cannot be read."""
+    """What a checkpoint of any layout holds, by name. Raises InputError for one that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.tensors = _read_index(path)
+        self.tensors, self.objects = _read_index(path)
+
+    def bytes_of(self, key: str) -> bytes:
+        """Return what is no tensor, as it is stored."""
+        stored = self.objects[key]
+        try:
+            with open(stored.file, "rb") as stream:
+                stream.seek(stored.position)
+                content = stream.read(stored.length)
+        except OSError as error:
+            raise InputError(f"{stored.file} cannot be read where {key} lies ({error}); {_REMEDY}.") from error
+        if len(content) != stored.length:
+            raise InputError(f"{stored.file} ends before {key} does; {_REMEDY}.")
+        return content
 
     def position(self, piece: Piece) -> tuple[str, int]:
         """Return where the box begins: its file's name, and a position in it."""
@@ -144,7 +166,8 @@ class Writer:
         self._digests.ready(self._path / DATA, None)
         metadata = Metadata(state_dict_metadata={**self._tensors, **self._objects}, storage_data=self._places)
         (self._path / INDEX).write_bytes(pickle.dumps(metadata))
-        assert Checkpoint(self._path).tensors == _stored_tensors(self._path, metadata), "the index says what was written"
+        written = Checkpoint(self._path)
+        assert (written.tensors, written.objects) == _contents(self._path, metadata), "the index says what was written"
         write_json(self._path / FORMAT, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 
     def tensor(self, piece: Piece, value: torch.Tensor) -> None:
@@ -166,6 +189,11 @@ class Writer:
         self._objects[key] = BytesStorageMetadata()
         self._write(MetadataIndex(key), value)
 
+    def object_as_stored(self, key: str, content: bytes) -> None:
+        """Write what is no tensor, as another checkpoint stores it."""
+        self._objects[key] = BytesStorageMetadata()
+        self._append(MetadataIndex(key), lambda stream: stream.write(content))
+
     def read_back(self, piece: Piece) -> torch.Tensor:
         """Read one box that was written as it is, from the file."""
         info = self._places[MetadataIndex(piece.key, torch.Size(piece.offsets))]
@@ -177,9 +205,13 @@ class Writer:
         return self._digests.records()
 
     def _write(self, index: MetadataIndex, value: Any) -> None:
+        with _without_checksums():
+            self._append(index, lambda stream: torch.save(value, stream))
+
+    def _append(self, index: MetadataIndex, write: Callable[[BinaryIO], Any]) -> None:
         start = self._stream.tell()
-        with _without_checksums(), refusals_named(self._path / DATA):
-            torch.save(value, self._stream)
+        with refusals_named(self._path / DATA):
+            write(self._stream)
             self._stream.flush()
         end = self._stream.tell()
         self._places[index] = _StorageInfo(relative_path=DATA, offset=start, length=end - start)
@@ -221,31 +253,42 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint holds")
 
 
-def _read_index(path: Path) -> dict[str, StoredTensor]:
+def _read_index(path: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
     try:
         metadata = _IndexUnpickler(io.BytesIO((path / INDEX).read_bytes())).load()
-        return _stored_tensors(path, metadata)
+        return _contents(path, metadata)
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{path} is no readable checkpoint of megatron-core ({error}); {_REMEDY}.") from error
 
 
-def _stored_tensors(path: Path, metadata: Metadata) -> dict[str, StoredTensor]:
+def _contents(path: Path, metadata: Metadata) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    """Return the tensors and what else there is."""
     places: dict[str, list[tuple[tuple[int, ...] | None, Any]]] = collections.defaultdict(list)
     for index, info in metadata.storage_data.items():
         places[index.fqn].append((None if index.offset is None else tuple(index.offset), info))
-    return {
-        name: StoredTensor(shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=_chunks(path, entry.chunks, dict(places[name])))
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, StoredObject] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        where = dict(places[name])
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[name] = StoredTensor(shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=_chunks(path, entry.chunks, where))
+        else:
+            info = where[None]
+            objects[name] = StoredObject(file=_inside(path, info.relative_path), position=info.offset, length=info.length)
+    return tensors, objects
+
+
+def _inside(path: Path, name: str) -> Path:
+    file = path / name
+    if file.parent != path:
+        raise ValueError(f"its index leads outside, to {name}")
+    return file
 
 
 def _chunks(path: Path, stored: Sequence[ChunkStorageMetadata], places: Mapping[tuple[int, ...] | None, Any]) -> tuple[_Chunk, ...]:
     result = []
     for chunk in stored:
         info = places[tuple(chunk.offsets)]
-        file = path / info.relative_path
-        if file.parent != path:
-            raise ValueError(f"its index leads outside, to {info.relative_path}")
+        file = _inside(path, info.relative_path)
         result.append(_Chunk(offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes), file=file, position=info.offset, length=info.length))
     return tuple(result)

@@ -24,6 +24,7 @@ from megatron_instruct.manifest import Manifest, read_manifest, records, write_m
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import CHECKPOINT_FORMAT, iteration_folder, sealed, write_latest
 from megatron_instruct.models.checkpoint_writing import StateWriting
+from megatron_instruct.models.megatron_lm import common_state
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.checkpoint_retention import clear_deleted, delete, delete_expendable
 from megatron_instruct.training.checkpoint_state import layout_facts, load_state, state_of, uses_random_streams
@@ -93,7 +94,11 @@ class Checkpoints:
         }
         partial = self._final(iteration).with_name(self._final(iteration).name + TEMPORARY_SUFFIX)
         try:
-            writing = StateWriting(partial, state_of(self._chunks, self._optimizer), beside=self._options.async_save)
+            state = {
+                **state_of(self._chunks, self._optimizer),
+                **common_state(self._architecture, dtype=self._identity["dtype"], iteration=iteration),
+            }
+            writing = StateWriting(partial, state, beside=self._options.async_save)
         except (CheckpointException, OSError) as error:
             with folder:
                 raise _not_written(self._final(iteration), error) from error

@@ -36,12 +36,12 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "missing output layer": (lambda _, tensors: tensors.pop("lm_head.weight"), r"lacks lm_head.weight.*tie_word_embeddings"),
     "extra tensor": (
         lambda _, tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
-        r"holds model.layers.0.self_attn.q_proj.bias",
+        r"holds model.layers.0.self_attn.q_proj.bias, which a llama model .* does not have; copy the model's folder again",
     ),
     "one layer too many": (lambda config, _: config.update(num_hidden_layers=1), r"holds model.layers.1.*and 5 more"),
     "wrong shape": (
         lambda config, _: config.update(intermediate_size=175),
-        r"gate_proj.weight has the shape \[176, 64\], and config.json calls for \[175, 64\]",
+        r"gate_proj.weight has the shape \[176, 64\], and config.json calls for \[175, 64\]; copy",
     ),
     "integers": (lambda _, tensors: tensors.update({DOWN: tensors[DOWN].to(torch.int8)}), rf"{DOWN} is stored as I8; supported: F32"),
     "mixed types": (lambda _, tensors: tensors.update({DOWN: tensors[DOWN].half()}), r"mixes weights of F16, F32; say which .* --dtype"),
@@ -172,6 +172,12 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def tokenizer_with_code(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    (folder / "own.py").write_text("raise SystemExit('code of the folder was run')")
+
+
 BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     cut_short: r"model.safetensors is damaged or cut short .* copy it again",
     pickled: r"holds its weights as pickles \(pytorch_model.bin\).*save_pretrained",
@@ -180,6 +186,7 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     index_names_an_absent_tensor: r"says that model.safetensors holds model.more.weight, and it does not",
     broken_config: r"config.json is not valid JSON",
     no_weights: r"has neither model.safetensors nor model.safetensors.index.json",
+    tokenizer_with_code: r"tokenizer_config.json: auto_map=.*own.Own.* calls for code .* never run; remove auto_map",
     no_tokenizer: r"has neither tokenizer.json nor tokenizer.model",
 }
 
@@ -201,9 +208,6 @@ def test_a_direction_that_the_source_does_not_have_is_refused(write_model: Write
         run(ConvertConfig(load=source, save=out, iteration=3))
     with pytest.raises(InputError, match=r"neither a Hugging Face folder .* nor a checkpoint folder"):
         run(ConvertConfig(load=tmp_path, save=out))
-    run(ConvertConfig(load=source, save=tmp_path / "megatron", prove=False))
-    with pytest.raises(ConfigError, match=r"is a Megatron checkpoint already, of no particular layout: .* nothing to convert"):
-        run(ConvertConfig(load=tmp_path / "megatron", save=out, to="megatron"))
     (source / "latest_checkpointed_iteration.txt").write_text("0\n")
     with pytest.raises(ConfigError, match=r"holds both .* --to"):
         run(ConvertConfig(load=source, save=out))
