@@ -18,7 +18,8 @@ from megatron_instruct.preprocessing.token_scan import document_tokens, pieces_o
 from megatron_instruct.records import ROLE_CODES
 from megatron_instruct.tokenizer import token_dtype
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
+"""Entries of the index looked at together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Examples rendered on the way, and the roles of their tokens: exact, aligned token by token, the same however the work is divided."""
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +140,35 @@ def test_plain_documents_and_examples_and_rendered_ones_may_be_mixed(
     assert set(np.unique(roles[: bounds[149]])) == {CONTEXT, END}
     preprocess(mixed, tmp_path / "many" / "a", tokenizer_folder, partitions=9, workers=2, **settings)
     assert outputs(tmp_path / "many") == outputs(tmp_path / "one")
+
+
+def test_lines_decoded_at_once_fare_as_those_read_carefully(
+    tmp_path: Path, examples: Path, tokenizer_folder: Path, preprocess: Preprocess
+) -> None:
+    """A compressed file is read by the careful readers alone."""
+    good = examples.read_text(encoding="utf-8").splitlines()[:6]
+    changes = [
+        ('"question"', '"questio"'),
+        ('"kind": "free_form"', '"kind": "free"'),
+        ('"answer": "', '"answer": "\\ud800'),
+        ('"answer": "', '"answer": "\\u0000'),
+        ('{"id"', '{"more": [NaN, "\\ud800"], "id"'),
+        ('{"id"', '{"text": "of both kinds", "spans": [], "provenance": {}, "id"'),
+    ]
+    augmented = {"id": "a", "text": "ab", "spans": [[0, 1, "context"], [1, 2, "response"]], "provenance": {}}
+    others = [json.dumps({"text": "plain"}), json.dumps(augmented), '{"id": "x", "shots": []}', "", good[0][:-2]]
+    lines = [line for old, new in changes for line in (good[0], good[1].replace(old, new, 1), *others, *good[2:])]
+    content = "\n".join(lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    found = {}
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        prefix = tmp_path / name.replace(".", "_") / "a"
+        manifest = preprocess(tmp_path / name, prefix, tokenizer_folder, append_eod=True, on_error="reject")["text"]
+        files = [prefix.with_name(f"a_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "roles", "rejects.jsonl")]
+        found[name] = (manifest.counts, manifest.rejected, *(file.replace(b".jsonl.gz", b".jsonl") for file in files))
+    assert found["a.jsonl"] == found["a.jsonl.gz"]
+    assert set(found["a.jsonl"][1]) == {"no example", "lone surrogate", "broken JSON"}
 
 
 def test_plain_documents_alone_have_no_sidecar(tmp_path: Path, corpus: Path, tokenizer_folder: Path, preprocess: Preprocess) -> None:
