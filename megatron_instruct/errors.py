@@ -74,8 +74,12 @@ class Failure:
         return self.kind.__new__(self.kind, of + self.message)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest of `known`, or the whole list when none is close."""
+def did_you_mean(word: str, known: Iterable[str], *, more: str = "") -> str:
+    """Return "; did you mean 'x'?" for the closest of `known`, or the whole list when none is close: the end of a sentence.
+
+    more: a sentence to follow.
+    """
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}"
+    end = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}."
+    return f"{end} {more}" if more else end

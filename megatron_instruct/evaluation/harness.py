@@ -55,7 +55,8 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             known = _close(name, manager.all_tasks) if len(manager.all_tasks) > 30 else manager.all_tasks
-            raise InputError(f"unknown task {name!r}{did_you_mean(name, known)} (own tasks: give their folder with --include-path)")
+            more = "Of own tasks give the folder with --include-path."
+            raise InputError(f"unknown task {name!r}{did_you_mean(name, known, more=more)}")
     _check_data_files(include_path)
     return manager
 

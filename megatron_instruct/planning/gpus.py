@@ -69,7 +69,8 @@ def find_gpu(
     row = _kinds().get(kind.lower())
     if row is None:
         raise ConfigError(
-            f"gpu={kind!r} is unknown{did_you_mean(kind.lower(), _kinds())}. A kind is an entry of megatron_instruct/planning/gpus.yaml."
+            f"gpu={kind!r} is unknown"
+            + did_you_mean(kind.lower(), _kinds(), more="A kind is an entry of megatron_instruct/planning/gpus.yaml.")
         )
     gpu = Gpu(
         kind=kind.lower(),

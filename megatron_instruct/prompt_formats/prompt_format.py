@@ -110,9 +110,8 @@ def load_prompt_format(name_or_path: str, structured_output: StructuredOutput | 
         path = FORMATS / f"{name_or_path}.yaml"
         names = sorted(file.stem for file in FORMATS.glob("*.yaml"))
         if name_or_path not in names:
-            raise ConfigError(
-                f"prompt_format={name_or_path!r} is no known format{did_you_mean(name_or_path, names)}; or give the path of a .yaml file."
-            )
+            more = "Or give the path of a .yaml file."
+            raise ConfigError(f"prompt_format={name_or_path!r} is no known format{did_you_mean(name_or_path, names, more=more)}")
     format_ = _prompt_format(read_yaml(path, "a prompt format"), name=path.stem, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     return format_ if structured_output is None else dataclasses.replace(format_, structured_output=structured_output)
 

@@ -124,7 +124,8 @@ def shipped_bank(language: str) -> Path:
     path = BANKS / f"{language}.yaml"
     known = [file.stem for file in BANKS.glob("*.yaml")]
     if language not in known:
-        raise ConfigError(f"language={language!r} has no bank here{did_you_mean(language, known)}; or give a bank of your own with --bank.")
+        more = "Or give a bank of your own with --bank."
+        raise ConfigError(f"language={language!r} has no bank here{did_you_mean(language, known, more=more)}")
     return path
 
 

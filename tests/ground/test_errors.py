@@ -32,10 +32,16 @@ def test_a_missing_package_names_the_line_that_installs_it() -> None:
     [
         ("lama", ["mistral", "llama"], "; did you mean 'llama'?"),
         ("num_layer", ["num_layers", "num_heads"], "; did you mean 'num_layers'?"),
-        ("xyz", ["mistral", "llama"], "; known: llama, mistral"),
-        ("xyz", (name for name in ["b", "a"]), "; known: a, b"),
-        ("", ["a"], "; known: a"),
+        ("xyz", ["mistral", "llama"], "; known: llama, mistral."),
+        ("xyz", (name for name in ["b", "a"]), "; known: a, b."),
+        ("", ["a"], "; known: a."),
     ],
 )
 def test_the_closest_known_word_is_suggested_or_all_are_listed(word: str, known: list[str], expected: str) -> None:
     assert did_you_mean(word, known) == expected
+
+
+@pytest.mark.parametrize("known", [["llama"], ["xyz"]])
+def test_what_follows_a_suggestion_is_a_sentence_of_its_own(known: list[str]) -> None:
+    said = did_you_mean("lama", known, more="Or give a file.")
+    assert said in ("; did you mean 'llama'? Or give a file.", "; known: xyz. Or give a file.")
