@@ -20,9 +20,11 @@ EXTRAS["cluster"] = ["ray"]
 EXTRAS["fast"] = ["gigatoken==0.10.0", "protobuf"]
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["wandb"] = ["wandb"]
+EXTRAS["muon"] = ["emerging-optimizers==0.3.0"]
 EXTRAS["gpu"] = ["transformer-engine[pytorch]==2.20.2"]
 EXTRAS["dev"] = [
     *EXTRAS["all"],
+    *EXTRAS["muon"],
     "gguf",
     "hypothesis",
     "jinja2",

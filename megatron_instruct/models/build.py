@@ -226,11 +226,22 @@ def _without_unequal_parts(layout: ParallelLayout, given: Mapping[str, Any]) -> 
     return {"moe_token_dispatcher_type": "allgather"}
 
 
-def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def check_fields(extra: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what is no field of megatron-core's TransformerConfig, or no value of that field's kind."""
     fields = TransformerConfig.__dataclass_fields__
-    for name in extra:
+    for name, value in extra.items():
         if name not in fields:
             raise ConfigError(f"transformer_config: megatron-core has no field {name!r}{did_you_mean(name, fields)}")
+        default = fields[name].default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"transformer_config: {name}={value!r} must be true or false.")
+        if type(default) in (int, float) and type(value) not in (int, float):
+            raise ConfigError(f"transformer_config: {name}={value!r} must be a number, such as 0.1 or 1.0e-3.")
+
+
+def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    check_fields(extra)
+    for name in extra:
         if name in settings and not any(name in defaults for defaults in (_CPU_SETTINGS, _CUDA_SETTINGS, _NO_DROPOUT)):
             raise ConfigError(f"transformer_config: {name!r} is decided by the model and layout settings; set it there.")
     return dict(extra)

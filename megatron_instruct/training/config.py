@@ -12,6 +12,7 @@ from megatron_instruct.training.settings.dry_run import DryRunOptions
 from megatron_instruct.training.settings.experts import ExpertOptions
 from megatron_instruct.training.settings.faults import FaultOptions
 from megatron_instruct.training.settings.model import ModelOptions
+from megatron_instruct.training.settings.optimizer import OptimizerOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import Fp8Options, PrecisionOptions
 from megatron_instruct.training.settings.watching import WatchOptions
@@ -27,6 +28,7 @@ class PretrainConfig:
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     fp8: Fp8Options = field(default_factory=Fp8Options)
     batch: BatchOptions
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     data: DataOptions
     checkpoint: CheckpointOptions
     watch: WatchOptions = field(default_factory=WatchOptions)
@@ -43,8 +45,13 @@ class PretrainConfig:
             raise ConfigError("bf16=True and fp16=True exclude each other; drop one.")
         if self.fp8.fp8_format is not None and not self.parallel.bf16 and not self.fp8.fp8_emulation:
             raise ConfigError(f"fp8_format={self.fp8.fp8_format} needs bf16=True, for all that is not computed in 8 bits; set it.")
-        if self.batch.rampup_batch_size is not None and self.data.phases:
-            raise ConfigError("rampup_batch_size does not go with phases, which end at steps of one size; drop either.")
+        if self.optimizer.is_muon and self.precision.fp16:
+            raise ConfigError("optimizer=muon does not go with fp16=True: megatron-core has no scaling of the loss for it; use bf16.")
+        if self.optimizer.is_muon and self.parallel.use_distributed_optimizer:
+            raise ConfigError(
+                "optimizer=muon does not go with use_distributed_optimizer=True, which cuts matrices into pieces, and Muon needs them "
+                "whole; drop use_distributed_optimizer, or divide the model by tensor or pipeline parallelism to save memory."
+            )
         assert self.phases or not self.data.phases, "phases are checked before anything else starts"
 
     @property

@@ -64,10 +64,9 @@ def component_names(config: PretrainConfig, sources: DataSources) -> tuple[str, 
 
 
 def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:
-    size, validation = config.batch.global_batch_size, _validation_size(config)
-    samples = config.batch.train_iters * size
+    batch, validation = config.batch, _validation_size(config)
     if not sources.phases and not config.data.strict_epochs:
-        sizes = [samples, validation, 0]
+        sizes = [batch.train_iters * batch.global_batch_size, validation, 0]
         name = _name(config, sources.train, sources.valid, sources.split, sources.fingerprint, sizes)
         train, valid = cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))
         return train, valid
@@ -75,10 +74,11 @@ def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -
     used: dict[str, int] = {}
     parts: list[tuple[int, Any]] = []
     plan = [(source.blend, source.phase.start, source.phase.end, source.fingerprint) for source in sources.phases]
-    for of_phase, start, end, fingerprint in plan or [(sources.train, 0, config.batch.train_iters, sources.fingerprint)]:
-        length = (end - start) * size
+    for of_phase, start, end, fingerprint in plan or [(sources.train, 0, batch.train_iters, sources.fingerprint)]:
+        first = batch.samples_before(start)
+        length = batch.samples_before(end) - first
         part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, kind=kind)
-        parts.append((start * size, part))
+        parts.append((first, part))
         drawn = counts(part, of_phase[0], length)
         used = {**used, **{prefix: used.get(prefix, 0) + count for prefix, count in drawn.items()}}
     of_validation = sources.valid or (None if sources.phases else sources.train)

@@ -13,13 +13,27 @@ from megatron_instruct.planning.report import GIB, parts, sentence
 from megatron_instruct.planning.shape import shape_of
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.plan import plan_batches, plan_layout
+from megatron_instruct.training.fp8 import Capability, check_fp8
+from megatron_instruct.training.plan import check_model_settings, plan_batches, plan_layout
+from megatron_instruct.training.sources import check_blends
 from megatron_instruct.training.start import architecture_from, find_start
+
+_CAPABILITIES: dict[str, Capability] = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
+"""Compute capability by generation (NVIDIA, CUDA GPU Compute Capability)."""
 
 
 def describe(config: PretrainConfig) -> str:
     """Return the description, for a person to read. Raises what the run itself would raise for these settings."""
+    check_blends(config)
     architecture, origin = _architecture(config)
+    check_model_settings(config, architecture)
+    if config.model.transformer_config:
+        from megatron_instruct.platform import noise
+
+        noise.silence()
+        from megatron_instruct.models.build import check_fields  # torch and megatron-core take seconds to import
+
+        check_fields(config.model.extra_settings)
     layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
     plan = plan_batches(config, layout)
     lines = [
@@ -97,8 +111,11 @@ def _layout_lines(architecture: Architecture, layout: ParallelLayout) -> list[st
 def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> list[str]:
     """The estimate of tools/plan.py for these very settings."""
     gpu = find_gpu(config.dry.gpu)
-    precision: Precision = "fp8" if config.fp8.fp8_format else "fp32" if config.dtype == "fp32" else "bf16"
+    computes_in_8_bits = config.fp8.fp8_format is not None and not config.fp8.fp8_emulation
+    precision: Precision = "fp8" if computes_in_8_bits else "fp32" if config.dtype == "fp32" else "bf16"
     check_precision(gpu, precision)
+    tokens_of_rank = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
+    check_fp8(config.fp8, architecture, layout, tokens=tokens_of_rank, capability=_CAPABILITIES[gpu.generation])
     execution = Execution(
         layout=layout,
         seq_length=config.batch.seq_length,
@@ -113,4 +130,5 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
     estimate = Estimate(shape_of(architecture), execution, gpu, load_constants())
     tokens = config.batch.train_iters * estimate.tokens_per_step
     missing = [] if estimate.fits else [f"It does not fit: {estimate.missing_bytes / GIB:,.1f} GiB are missing on the fullest GPU."]
-    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *missing]
+    muon = ["Muon keeps one moment of the matrices inside layers; the estimate counts AdamW's two."] if config.optimizer.is_muon else []
+    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *muon, *missing]

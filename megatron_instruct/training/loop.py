@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from megatron_instruct.errors import InputError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import BatchPlan
-from megatron_instruct.models.build import BuildOptions, build_model, join_model_parallel_groups
+from megatron_instruct.models.build import build_model, join_model_parallel_groups
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.models.z_loss import add_z_loss
-from megatron_instruct.platform.device import Machine, compute_capability
+from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.training.bad_steps import Steps, Trained
 from megatron_instruct.training.checkpoint import Checkpoints, resume
@@ -23,8 +23,8 @@ from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.data import batches, build_datasets, component_names
 from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.expert_losses import mean_expert_losses
-from megatron_instruct.training.fp8 import check_fp8, fp8_emulation, fp8_fields
 from megatron_instruct.training.ledger import Ledger
+from megatron_instruct.training.machine_checks import build_options
 from megatron_instruct.training.metrics import Metrics
 from megatron_instruct.training.optimizer import loss_scale, make_optimizer, make_scheduler, updates_done, wrap_data_parallel
 from megatron_instruct.training.phases import own_rate, set_rate
@@ -73,28 +73,15 @@ def build_run(
     identity: dict[str, Any],
 ) -> Run:
     """Build model, optimizer and data on this rank, and read the checkpoint to start from."""
-    tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
-    check_fp8(config.fp8, start.architecture, layout, tokens=tokens, capability=compute_capability(machine))
     join_model_parallel_groups(layout, seed=config.batch.seed)
-    options = BuildOptions(
-        dtype=config.dtype,
-        seed=config.batch.seed,
-        recompute=config.parallel.recompute_granularity,
-        recompute_method=config.parallel.recompute_method or "uniform",
-        recompute_num_layers=config.parallel.recompute_num_layers or 1,
-        experts=config.experts.megatron_fields,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        fp8_emulation=fp8_emulation(config.fp8),
-        transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
-    )
-    models = build_model(start.architecture, layout, machine, options)
+    models = build_model(start.architecture, layout, machine, build_options(config))
     if start.path is not None and not start.resumes:
         load_weights(start.path, models)
     if config.batch.z_loss_coeff:
         for model in models:
             add_z_loss(model, config.batch.z_loss_coeff)
     chunks = wrap_data_parallel(models, config.parallel)
-    optimizer = make_optimizer(chunks, config.parallel, config.batch, machine, config.precision)
+    optimizer = make_optimizer(chunks, config.parallel, config.batch, machine, config.precision, config.optimizer)
     if start.path is not None and start.resumes:
         resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
     scheduler = make_scheduler(optimizer, config.batch)

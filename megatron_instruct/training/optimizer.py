@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.training.settings.batch import BatchOptions
+from megatron_instruct.training.settings.optimizer import OptimizerOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import PrecisionOptions
 
@@ -51,15 +52,16 @@ def make_optimizer(
     batch: BatchOptions,
     machine: Machine,
     precision: PrecisionOptions | None = None,
+    kind: OptimizerOptions | None = None,
 ) -> Any:
-    """Return AdamW as megatron-core builds it: sharded over data-parallel ranks where asked, with fp32 master weights under bf16.
+    """Return the optimizer as megatron-core builds it: sharded over data-parallel ranks where asked, fp32 master weights under bf16.
 
-    It is the fused one of Transformer Engine or apex on CUDA, torch's one-pass kernel on CPU.
+    AdamW is the fused one of Transformer Engine or apex on CUDA, torch's one-pass kernel on CPU. Muon is that of emerging-optimizers.
     """
     config, scaling = chunks[0].config, precision or PrecisionOptions()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            **(kind or OptimizerOptions()).megatron_fields,
             lr=batch.lr,
             min_lr=batch.min_lr,
             weight_decay=batch.weight_decay,
@@ -85,7 +87,7 @@ def make_optimizer(
     if config.fp16:
         _allocate(optimizer, machine)
     if not machine.is_cuda:
-        for inner in torch_optimizers(optimizer):
+        for inner in _adams(optimizer):
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False  # torch's one-pass CPU kernel; megatron-core builds the plain one
     return optimizer
@@ -170,6 +172,11 @@ def torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
             yield part.optimizer
 
 
+def _adams(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """Yield torch's Adams among them, of which AdamW is one."""
+    yield from (inner for inner in torch_optimizers(optimizer) if isinstance(inner, torch.optim.Adam))
+
+
 def prepare_for_loading(optimizer: Any, machine: Machine) -> None:
     """Allocate the state that a checkpoint is read into.
 
@@ -198,6 +205,8 @@ def updates_done(optimizer: Any) -> int | None:
 def restore_step(optimizer: Any, updates: int, machine: Machine) -> None:
     """Set Adam's count of updates after loading: a checkpoint keeps it once, not in the shape of one kind of optimizer."""
     for inner in torch_optimizers(optimizer):
+        if "betas" not in inner.defaults:  # Muon, which counts nothing
+            continue
         if machine.is_cuda and not isinstance(inner, torch.optim.Adam):  # torch's AdamW is one of its Adams
             for group in inner.param_groups:
                 group["step"] = updates

@@ -49,6 +49,15 @@ def plan_layout(options: ParallelOptions, architecture: Architecture, *, process
     return layout
 
 
+def check_model_settings(config: PretrainConfig, architecture: Architecture) -> None:
+    """Raise ConfigError for settings that a model of this kind does not have."""
+    given = config.experts.megatron_fields
+    if given and architecture.num_experts is None:
+        raise ConfigError(
+            f"{', '.join(given)}: the family {architecture.family} has no experts; drop what is about them, or train a mixture of experts."
+        )
+
+
 def plan_batches(config: PretrainConfig, layout: ParallelLayout) -> BatchPlan:
     """Return the checked cut of the global batch."""
     batch = config.batch

@@ -71,13 +71,15 @@ def run(config: PretrainConfig) -> None:
         return
     from megatron_instruct.platform import noise
 
+    config.optimizer.check_installed()
     noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
-    from megatron_instruct.training.plan import plan_batches, plan_layout
+    from megatron_instruct.training.plan import check_model_settings, plan_batches, plan_layout
     from megatron_instruct.training.sources import sources_of
     from megatron_instruct.training.start import check_same_run, find_start, run_identity
 
     start = find_start(config)
+    check_model_settings(config, start.architecture)
     layout = plan_layout(config.parallel, start.architecture)
     plan = plan_batches(config, layout)
     sources = sources_of(config, start.tokenizer)
@@ -86,6 +88,10 @@ def run(config: PretrainConfig) -> None:
         print(f"{config.checkpoint.save} holds the finished run already; nothing to do.")
         return
     check_same_run(config, start, identity)
+    from megatron_instruct.platform import device
+    from megatron_instruct.training.machine_checks import check_machine
+
+    check_machine(config, start.architecture, layout, device.current())
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
         if speaks_for_all:

@@ -99,12 +99,24 @@ def index_root(config: PretrainConfig) -> Path:
     return config.data.data_cache_path or config.checkpoint.save / "cache"
 
 
+def check_blends(config: PretrainConfig) -> None:
+    """Raise ConfigError for blends and shares that cannot be, whatever the data."""
+    data = config.data
+    if not config.phases:
+        _training_blend(data)
+    for phase in config.phases:
+        parse_blend(phase.data_path, field=_field(phase))
+    if data.valid_data_path:
+        parse_blend(data.valid_data_path, field="valid_data_path")
+    shares_of(data.split)
+
+
 def find_sources(
     options: DataOptions, tokenizer: Tokenizer, *, phases: Sequence[PlacedPhase] = (), check: ContentCheck | None = None
 ) -> DataSources:
     """Read blends and manifests. Raises ConfigError for a broken blend, InputError for data missing, changed or of another tokenizer."""
     check = check or ContentCheck(Path(NAME), reads=False)
-    fields = {phase.number: parse_blend(phase.data_path, field=f"phases: data_path of phase {phase.number}") for phase in phases}
+    fields = {phase.number: parse_blend(phase.data_path, field=_field(phase)) for phase in phases}
     train = fields[1] if phases else _training_blend(options)
     valid = parse_blend(options.valid_data_path, field="valid_data_path") if options.valid_data_path else None
     shares_of(options.split)
@@ -138,6 +150,10 @@ def find_sources(
         roles=roles,
         indices=indices,
     )
+
+
+def _field(phase: PlacedPhase) -> str:
+    return f"phases: data_path of phase {phase.number}"
 
 
 def _training_blend(options: DataOptions) -> Blend:

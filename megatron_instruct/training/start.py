@@ -23,7 +23,7 @@ from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.model import ModelOptions
 from megatron_instruct.training.sources import DataSources
 
-_SETTINGS = (*DIMENSIONS, "init_method_std")
+_SETTINGS = (*DIMENSIONS, "sliding_window", "init_method_std")
 """What the settings of a run say of its model."""
 _RESULT_SETTINGS = tuple(name for name in BatchOptions.__dataclass_fields__ if name != "micro_batch_size")
 
@@ -156,6 +156,7 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         **{name: getattr(batch, name) for name in _RESULT_SETTINGS if name not in batch.of_optional_parts},
         **batch.of_optional_parts,
         "experts": config.experts.of_result or None,
+        "optimizer": config.optimizer.of_result,
         "dtype": config.dtype,
         "loss_scaling": config.precision.loss_scaling,
         "fp8": fp8_identity(config.fp8),

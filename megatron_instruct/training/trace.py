@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_instruct.config import parse, run_tool
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.phases import phase_of
@@ -47,15 +46,11 @@ def run(config: TraceConfig) -> None:
     folder = settings.data.tokenizer_model or config.save / "tokenizer"
     tokenizer = load_tokenizer(folder)
     samples = training_samples(settings, sources_of(settings, tokenizer, remembers=False))
-    batch = settings.batch
-    plan = BatchPlan(
-        global_batch_size=batch.global_batch_size, micro_batch_size=1, data_parallel=1, train_iters=batch.train_iters, ramp=batch.ramp
-    )
     for iteration in config.iterations:
         phase = phase_of(settings.phases, iteration)
         of_phase = "" if phase is None else f" (phase {phase.number}, steps {phase.start + 1} to {phase.end})"
-        first = plan.samples_before(iteration - 1)
-        for number in range(first, plan.samples_before(iteration)):
+        first = settings.batch.samples_before(iteration - 1)
+        for number in range(first, settings.batch.samples_before(iteration)):
             print(f"step {iteration}{of_phase}, sample {number - first}:")
             for piece in pieces(samples, number):
                 print(f"  {piece}")

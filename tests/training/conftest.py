@@ -124,7 +124,18 @@ FIRST_STEP_IDLE = ("--train-iters", 1, "--lr-warmup-iters", 1, "--lr-decay-iters
 
 GROWING = ("--rampup-batch-size", 4, 2, 30, "--micro-batch-size", 1)
 
-ONE: dict[str, tuple[object, ...]] = {"reference": (), "initial": FIRST_STEP_IDLE, "growing batch": GROWING}
+MUON = ("--optimizer", "muon", "--muon-nesterov", "--muon-extra-scale-factor", 0.2, "--muon-fp32-matmul-prec", "highest")
+
+WINDOW = ("--family", "mistral", "--sliding-window", 10)
+"""Of the 64 tokens of a sequence; a context rank has 32."""
+
+ONE: dict[str, tuple[object, ...]] = {
+    "reference": (),
+    "initial": FIRST_STEP_IDLE,
+    "growing batch": GROWING,
+    "muon": MUON,
+    "window": WINDOW,
+}
 TWO: dict[str, tuple[object, ...]] = {
     "tensor": TENSOR,
     "pipeline": PIPELINE,
@@ -187,9 +198,10 @@ def one(runs: Runs, blend: tuple[object, ...], data: Path) -> dict[str, Path]:
     """Runs of one process; "reference" is what every layout must equal."""
     return runs(
         1,
-        {**ONE, "blend": blend, "phases": in_phases(data)},
+        {**ONE, "blend": blend, "phases": in_phases(data), "phases growing": (*in_phases(data), *GROWING)},
         {
             "again reference": ("reference", ()),
+            "again muon": ("muon", MUON),
             "again phases": ("phases", in_phases(data)),
             "phases with another end": ("phases", in_phases(data, last="{0}")),
         },

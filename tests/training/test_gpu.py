@@ -25,7 +25,7 @@ pytestmark = [
 ]
 SIZES = ("--hidden-size", 256, "--ffn-hidden-size", 512, "--num-attention-heads", 4, "--num-query-groups", 2)
 """Heads of 64 numbers, as the fused kernels want."""
-LAYOUTS: dict[str, tuple[object, ...]] = {"plain": (), "distributed optimizer": SHARDED}
+LAYOUTS: dict[str, tuple[object, ...]] = {"plain": (), "distributed optimizer": SHARDED, "muon": ("--optimizer", "muon")}
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 

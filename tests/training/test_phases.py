@@ -127,6 +127,21 @@ def test_a_phase_that_has_begun_cannot_be_changed_at_a_resume(
         run(config)
 
 
+def test_phases_end_at_their_steps_while_the_batch_grows(one: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The first phase is four steps of 4 sequences and three of 6."""
+    from megatron_instruct.training.trace import TraceConfig
+    from megatron_instruct.training.trace import run as trace
+
+    printed = []
+    for steps in (range(1, 8), range(8, 15)):
+        trace(TraceConfig(save=one["phases growing"], iterations=tuple(steps)))
+        printed.append(capsys.readouterr().out)
+    assert [text.count(f"(phase {number}, ") for number, text in enumerate(printed, start=1)] == [4 * 4 + 3 * 6, 7 * 8]
+    first, second = ({line for line in text.splitlines() if line.startswith("  ")} for text in printed)
+    assert len(first) >= 4 * 4 + 3 * 6
+    assert not first & second, "the second phase goes on where the first stopped"
+
+
 def test_a_step_names_its_phase_and_its_documents(one: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_instruct.training.trace import TraceConfig
     from megatron_instruct.training.trace import run as trace

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.models.batches import BatchRamp
+from megatron_instruct.models.batches import BatchPlan, BatchRamp
+
+_SEEDS = 2**31
+"""numpy takes seeds below 2^32, and parts of a run add to theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,13 @@ class BatchOptions:
         given = self.rampup_batch_size
         return None if given is None else BatchRamp(start=given[0], increment=given[1], samples=given[2])
 
+    def samples_before(self, iterations: int) -> int:
+        """Return the sequences of the first steps, while the batch grows or not."""
+        plan = BatchPlan(
+            global_batch_size=self.global_batch_size, micro_batch_size=1, data_parallel=1, train_iters=self.train_iters, ramp=self.ramp
+        )
+        return plan.samples_before(iterations)
+
     @property
     def of_optional_parts(self) -> dict[str, Any]:
         """What of the optional parts decides the result; None where a part is not used."""
@@ -70,10 +80,9 @@ class BatchOptions:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         self._check_ramp()
-        if self.z_loss_coeff is not None and not 0.0 <= self.z_loss_coeff < math.inf:
-            raise ConfigError(f"z_loss_coeff={self.z_loss_coeff} must be a number that is not negative.")
-        if not 0.0 <= self.min_lr <= self.lr or self.lr == 0.0:
-            raise ConfigError(f"min_lr={self.min_lr}, lr={self.lr}: 0 <= min_lr <= lr and lr > 0 must hold; change either.")
+        self._check_numbers()
+        if not 0.0 <= self.min_lr <= self.lr < math.inf or self.lr == 0.0:
+            raise ConfigError(f"min_lr={self.min_lr}, lr={self.lr}: 0 <= min_lr <= lr and lr > 0 must hold, both finite; change either.")
         decay = self.lr_decay_iters or self.train_iters
         if self.lr_warmup_iters >= decay:
             raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must be below lr_decay_iters={decay} (by default train_iters).")
@@ -84,6 +93,23 @@ class BatchOptions:
             raise ConfigError(
                 f"lr_wsd_decay_iters={falls} must lie between 1 and lr_decay_iters - lr_warmup_iters = {decay - self.lr_warmup_iters}."
             )
+
+    def _check_numbers(self) -> None:
+        for name in ("weight_decay", "clip_grad", "z_loss_coeff"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ConfigError(f"{name}={value} must be a number that is not negative.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if not 0.0 < self.adam_eps < math.inf:
+            raise ConfigError(f"adam_eps={self.adam_eps} must be a positive number.")
+        if self.lr_warmup_iters < 0:
+            raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must not be negative; 0 starts at the highest rate.")
+        if self.lr_decay_iters is not None and self.lr_decay_iters < 1:
+            raise ConfigError(f"lr_decay_iters={self.lr_decay_iters} must be at least 1; leave it out for train_iters.")
+        if not 0 <= self.seed < _SEEDS:
+            raise ConfigError(f"seed={self.seed} must lie between 0 and {_SEEDS - 1}.")
 
     def _check_ramp(self) -> None:
         if self.rampup_batch_size is None:

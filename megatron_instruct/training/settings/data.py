@@ -49,6 +49,8 @@ class DataOptions:
             raise ConfigError("give either data_path, or train_data_path or phases (with valid_data_path).")
         if self.data_path and self.valid_data_path:
             raise ConfigError("valid_data_path goes with train_data_path or phases; data_path is divided by split.")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers} must not be negative; 0 reads in the process that trains.")
         parse_phases(self.phases)
         known = [role for role in ROLE_CODES if role != "padding"]
         for role, weight in self.role_weights.items():

@@ -1,5 +1,6 @@
 """Settings of the model."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ class ModelOptions:
     """Longest sequence the model is meant for, in tokens (default: seq_length)."""
     rotary_base: float | None = None
     """Base of the rotary frequencies (default 10000)."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included, in the families that may have a window (default: all before it)."""
     tie_embeddings: bool | None = None
     """Use the word embedding as output layer."""
     init_method_std: float | None = None
@@ -47,6 +50,12 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.group_query_attention and self.num_query_groups is None:
             raise ConfigError("group_query_attention=True needs num_query_groups; set it to the number of key/value heads.")
+        for name in ("rotary_base", "init_method_std"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ConfigError(f"{name}={value} must be a positive number.")
+        if self.make_vocab_size_divisible_by < 1:
+            raise ConfigError(f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be at least 1, which pads nothing.")
 
     @property
     def extra_settings(self) -> dict[str, Any]:

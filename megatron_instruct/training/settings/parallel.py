@@ -1,9 +1,18 @@
 """Settings of the layout over processes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,12 @@ class ParallelOptions:
     """Longest wait for another process (minutes)."""
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1, which divides nothing.")
+        if not 0.0 < self.distributed_timeout_minutes < math.inf:
+            raise ConfigError(f"distributed_timeout_minutes={self.distributed_timeout_minutes} must be a positive number.")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads={self.num_threads} must be at least 1; leave it out for the default.")
         for name in ("recompute_method", "recompute_num_layers"):

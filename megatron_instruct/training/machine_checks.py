@@ -1,0 +1,34 @@
+"""What the model is built with, and whether this machine and megatron-core can: said before processes meet and a GPU is taken."""
+
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.models.architecture import Architecture
+from megatron_instruct.models.build import BuildOptions, make_transformer_config
+from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.platform.device import Machine, compute_capability
+from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.fp8 import check_fp8, fp8_emulation, fp8_fields
+
+
+def build_options(config: PretrainConfig) -> BuildOptions:
+    """Return what of the build is neither architecture nor layout."""
+    return BuildOptions(
+        dtype=config.dtype,
+        seed=config.batch.seed,
+        recompute=config.parallel.recompute_granularity,
+        recompute_method=config.parallel.recompute_method or "uniform",
+        recompute_num_layers=config.parallel.recompute_num_layers or 1,
+        experts=config.experts.megatron_fields,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        fp8_emulation=fp8_emulation(config.fp8),
+        transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
+    )
+
+
+def check_machine(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout, machine: Machine) -> None:
+    """Raise ConfigError for what this machine cannot compute, and for settings that megatron-core itself refuses."""
+    tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
+    check_fp8(config.fp8, architecture, layout, tokens=tokens, capability=compute_capability(machine))
+    try:
+        make_transformer_config(architecture, layout, machine, build_options(config))
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core does not take these settings: {str(error).strip() or type(error).__name__}") from error
