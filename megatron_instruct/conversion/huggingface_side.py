@@ -45,10 +45,13 @@ def layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: torch.T
     return torch.from_numpy(_ask("layer_output", folder, config_file, layer, hidden_SC.numpy()))
 
 
-def token_ids(folder: Path, text: str) -> list[int]:
-    """Return the ids that AutoTokenizer makes of the text, without special tokens around it."""
-    ids: list[int] = _ask("token_ids", folder, text)
-    return ids
+def token_ids(folder: Path, config_file: Path, text: str) -> tuple[list[int], str]:
+    """Return the ids that AutoTokenizer makes of the text, without special tokens around it, and the class that it takes.
+
+    The class depends on config.json, too, whose place `config_file` is to take.
+    """
+    ids, kind = _ask("token_ids", folder, config_file, text)
+    return ids, kind
 
 
 def _ask(question: str, *values: Any) -> Any:
@@ -100,7 +103,7 @@ def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]"
 def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, trust_remote_code=False)
     tensors = {name: read_tensor(name, stored) for name, stored in stored_tensors(folder).items()}
     layers, logits = _run(_load(config, tensors), input_ids=torch.tensor([ids]))
     return layers, logits
@@ -129,7 +132,7 @@ def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -
     tensors |= {"model.norm.weight": torch.ones(size, dtype=dtype)}
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text(json.dumps({**kept, **changes}), encoding="utf-8")
-        config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     layers, _ = _run(_load(config, tensors), inputs_embeds=torch.from_numpy(hidden_SC)[None])
     return layers[0]
 
@@ -149,6 +152,7 @@ def _load(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
         state_dict=tensors,
         dtype=types.pop() if len(types) == 1 else torch.float32,
         local_files_only=True,
+        trust_remote_code=False,
         experts_implementation="eager",
         output_loading_info=True,
     )
@@ -187,11 +191,16 @@ def _run(model: Any, **given: torch.Tensor) -> tuple[list[Any], Any]:
     return layers, logits
 
 
-def _token_ids(folder: Path, text: str) -> list[int]:
+def _token_ids(folder: Path, config_file: Path, text: str) -> tuple[list[int], str]:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            (Path(place) / file.name).symlink_to(file.absolute())
+        (Path(place) / "config.json").unlink(missing_ok=True)
+        (Path(place) / "config.json").symlink_to(config_file.absolute())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), type(tokenizer).__name__
 
 
 _ANSWERS: dict[str, Callable[..., Any]] = {"outputs": _outputs, "layer_output": _layer_output, "token_ids": _token_ids}

@@ -123,11 +123,14 @@ def check_logits(ours: torch.Tensor, theirs: torch.Tensor, *, rounded_to: torch.
     return Check(name="logits", passed=passed, detail=detail, values=values)
 
 
-def check_token_ids(ours: Sequence[int], theirs: Sequence[int]) -> Check:
-    """Compare the ids that transformers' AutoTokenizer makes of the text with the source's."""
+def check_token_ids(ours: Sequence[int], theirs: Sequence[int], *, kind: str) -> Check:
+    """Compare the ids that transformers' AutoTokenizer makes of the text with the source's. kind: the class that it takes."""
     passed = list(theirs) == list(ours)
-    detail = f"AutoTokenizer makes {'the same' if passed else 'other'} {len(theirs)} ids of the text"
-    return Check(name="tokenizer", passed=passed, detail=detail, values={"tokens": len(ours)})
+    detail = f"AutoTokenizer ({kind}) makes {'the same' if passed else 'other'} {len(theirs)} ids of the text"
+    if not passed:
+        same = next((place for place, (mine, other) in enumerate(zip(ours, theirs, strict=False)) if mine != other), None)
+        detail += f", from number {min(len(ours), len(theirs)) if same is None else same} on; the family may have a class of its own there"
+    return Check(name="tokenizer", passed=passed, detail=detail, values={"tokens": len(ours), "class": kind})
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

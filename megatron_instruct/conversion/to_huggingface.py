@@ -181,5 +181,6 @@ def _prove(reader: Reader, written: Written, folder: Path, machine: Machine, tex
         rounded_to=TORCH_DTYPES[source.dtype] if reader.rounds else None,
     )
     computed = compare(sides, machine, proof.proof_tokens(source.tokenizer, source.architecture, text))
-    ids = proof.check_token_ids(source.tokenizer.encode(text), huggingface_side.token_ids(folder, text))
+    theirs, kind = huggingface_side.token_ids(folder, folder / _UNPROVEN, text)
+    ids = proof.check_token_ids(source.tokenizer.encode(text), theirs, kind=kind)
     return [names, weights, *computed, ids]

@@ -89,6 +89,20 @@ def of_the_family(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+QWEN2_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+"""How Qwen's tokenizers split a text; transformers 5 splits so for every model of the type qwen2, whatever tokenizer.json says."""
+
+
+def split_as_qwen2(folder: Path) -> None:
+    """Make a tokenizer one that transformers loads for a qwen2."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]}}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
 WriteModel = Callable[..., Path]
 
 
@@ -105,6 +119,8 @@ def write_model(tmp_path: Path, tokenizer_folder: Path) -> WriteModel:
     ) -> Path:
         folder = tmp_path / name
         shutil.copytree(tokenizer_folder, folder)
+        if config["model_type"] == "qwen2":
+            split_as_qwen2(folder)
         config = json.loads(json.dumps(config))
         tensors = random_tensors(config, dtype)
         if change is not None:

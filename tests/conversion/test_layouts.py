@@ -1,6 +1,7 @@
 """A checkpoint exports to the same bits, whichever processes wrote it."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.run import run
 from megatron_instruct.conversion.weights import split, weights_of
 from megatron_instruct.models.architecture import Architecture
+from tests.conversion.conftest import split_as_qwen2
 
 SCRIPT = Path(__file__).with_name("save_checkpoint.py")
 
@@ -53,8 +55,10 @@ def test_what_several_ranks_save_is_exported_as_one_process_exports_it(
         init_method_std=0.1,
         **({"num_experts": 4, "experts_per_token": 2} if family == "mixtral" else {}),
     )
-    saved = tmp_path / "saved"
-    done = torchrun(processes, SCRIPT, saved, tokenizer_folder, json.dumps(layout), json.dumps(architecture.to_json()))
+    saved, tokenizer = tmp_path / "saved", shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    if family == "qwen2":
+        split_as_qwen2(tokenizer)
+    done = torchrun(processes, SCRIPT, saved, tokenizer, json.dumps(layout), json.dumps(architecture.to_json()))
     assert done.returncode == 0, done.stderr
     manifest = run(ConvertConfig(load=saved, save=tmp_path / "export"))
     assert manifest.facts["proof"]["proved"]

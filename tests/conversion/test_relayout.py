@@ -1,5 +1,6 @@
 """A checkpoint of a run, laid out anew with its optimizer: the run goes on from it in any layout as if nothing had been done."""
 
+import io
 import json
 import pickle
 import subprocess
@@ -91,6 +92,9 @@ def test_a_run_goes_on_in_another_layout_from_a_checkpoint_that_was_laid_out_ane
     assert len(moments) >= 2 * len([name for name in after.tensors if name.startswith("decoder.")])
     fused = "decoder.layers.self_attention.linear_qkv.weight"
     assert len(before.tensors[fused].chunks) == 2 * len(after.tensors[fused].chunks)
+    (for_megatron_lm,) = torch.load(io.BytesIO(after.bytes_of("common_state/shard_0_1")), weights_only=False)
+    arguments = for_megatron_lm["args"]
+    assert (for_megatron_lm["iteration"], arguments.num_layers, arguments.normalization, arguments.bf16) == (STOP, 4, "RMSNorm", False)
     train(1, {"anew": ()})
     assert_goes_on(tmp_path / "anew", tmp_path / "undisturbed")
 
