@@ -1,14 +1,18 @@
 #!/usr/bin/env python
-"""What saving costs the training, synchronous against asynchronous, and what resuming costs against a cold start.
+"""What operations cost: saving, synchronous against asynchronous; going on, against a cold start; watching, against the steps.
 
 Saving: one process trains a model and saves it in turns, one way and the other; a save's stall is the time in which no step runs
 (the call itself and, of the asynchronous one, committing what its process wrote). The steps beside a writing process are compared
 with steps alone, since on a CPU both want its cores.
 Resuming: tools/pretrain.py is started as a user does, from nothing and from its checkpoint, in turns; what counts is the time from the
-start of the process to the end of its first step. The last line is JSON with the medians and their ratios.
+start of the process to the end of its first step.
+Watching: in a run of tools/pretrain.py with a line of progress, metrics.jsonl and TensorBoard every step, what is neither forward and
+backward nor the optimizer's update: the search for bad steps, the ledger, the log. And a page of its curves, made every ten minutes.
+The last line is JSON with the medians and their ratios.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -81,7 +85,7 @@ def saving(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             save = folder / name
             save.mkdir(exist_ok=True)
             settings = CheckpointOptions(save=save, async_save=name == "asynchronous", keep_last=1)
-            identity = {"tokenizer": "random", "seed": 1}
+            identity = {"tokenizer": "random", "seed": 1, "dtype": "fp32"}
             with Checkpoints(
                 settings, training.models, training.optimizer, architecture=training.architecture, identity=identity
             ) as checkpoints:
@@ -106,9 +110,54 @@ def saving(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def resuming(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def watching(flags: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the share of a step, the medians over the steps of one run in this process."""
+    from megatron_instruct.training import bad_steps, run
+
+    starts, needed = list[float](), list[float]()
+    bad_steps.compute_gradients = _timed(bad_steps.compute_gradients, starts, needed)
+    bad_steps.update = _timed(bad_steps.update, [], needed)
+    looking = list[float]()
+    bad_steps.gradient_is_finite = _timed(bad_steps.gradient_is_finite, [], looking)
+    more = ["--save", folder / "watched", "--tensorboard-dir", folder / "events", "--train-iters", options.watched_steps]
+    more += ["--global-batch-size", 2 * options.watched_microbatches, "--save-interval", options.watched_steps]
+    status = run.main([*flags, *map(str, more)])
+    assert status == 0, "the run failed"
+    steps = [end - start for start, end in itertools.pairwise(starts)][2:]
+    watched = [step - compute - update for step, compute, update in zip(steps, needed[4::2], needed[5::2], strict=False)]
+    return {
+        "watched_step_seconds": round(statistics.median(steps), 4),
+        "watching_seconds": round(statistics.median(watched), 5),
+        "watching_seconds_looking_for_what_is_not_finite": round(statistics.median(looking), 5),
+        "watching_share": round(statistics.median(watched) / statistics.median(steps), 5),
+        **_page(folder / "watched"),
+    }
+
+
+def _timed(action: Any, starts: list[float], seconds: list[float]) -> Any:
+    def timed(*arguments: Any) -> Any:
+        starts.append(time.perf_counter())
+        result = action(*arguments)
+        seconds.append(time.perf_counter() - starts[-1])
+        return result
+
+    return timed
+
+
+def _page(save: Path) -> dict[str, Any]:
+    """Return what the page of a run of ten thousand steps costs, made every ten minutes."""
+    metrics = save / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    long = [{**rows[number % len(rows)], "iteration": number + 1} for number in range(10_000)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in long))
+    command = [sys.executable, str(ROOT / "tools" / "report_run.py"), "--runs", str(save)]
+    seconds = [_seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)) for _ in range(3)]
+    return {"page_seconds": round(statistics.median(seconds), 2), "page_share": round(statistics.median(seconds) / 600.0, 5)}
+
+
+def resuming(flags: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the medians over the starts."""
-    command = _pretrain(options, folder)
+    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *flags]
     stopped = folder / "stopped"
     _first_step(command, stopped, kill=False)
     (stopped / "manifest.json").unlink()
@@ -129,8 +178,8 @@ def resuming(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _pretrain(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Preprocess a small corpus and return the command of a run of three steps that saves after the first."""
+def _flags(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Preprocess a small corpus and return the flags of a run of three steps that saves after the second."""
     import tokenizers
 
     corpus = ROOT / "examples" / "quickstart" / "jargon.jsonl"
@@ -144,7 +193,7 @@ def _pretrain(options: argparse.Namespace, folder: Path) -> list[str]:
     flags = ["--preset", options.preset, "--data-path", folder / "data_text_document", "--tokenizer-model", folder / "tokenizer"]
     flags += ["--seq-length", options.seq_length, "--micro-batch-size", 2, "--global-batch-size", 2, "--lr", "1e-4", "--train-iters", 3]
     flags += ["--lr-warmup-iters", 1, "--save-interval", 2, "--data-cache-path", folder / "cache", "--num-threads", options.threads]
-    return [sys.executable, str(ROOT / "tools" / "pretrain.py"), *map(str, flags)]
+    return list(map(str, flags))
 
 
 def _first_step(command: list[str], save: Path, *, kill: bool) -> float:
@@ -184,14 +233,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="CPU threads of the training")
     parser.add_argument("--turns", type=int, default=7, help="saves of each kind")
     parser.add_argument("--starts", type=int, default=5, help="starts of each kind")
+    parser.add_argument("--watched-steps", type=int, default=20, help="steps of the run that is watched")
+    parser.add_argument("--watched-microbatches", type=int, default=8, help="microbatches of 2 sequences in a step of it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "saving").mkdir()
-        result = saving(options, folder / "saving")
-        print(json.dumps(result), flush=True)
-        (folder / "resuming").mkdir()
-        result |= resuming(options, folder / "resuming")
+        flags = _flags(options, folder)
+        parts = {
+            "resuming": lambda place: resuming(flags, options, place),
+            "watching": lambda place: watching(flags, options, place),
+            "saving": lambda place: saving(options, place),
+        }
+        result: dict[str, Any] = {}
+        for name, part in parts.items():
+            (folder / name).mkdir()
+            result |= part(folder / name)
+            print(json.dumps(result), flush=True)
+            shutil.rmtree(folder / name)
     result |= {"threads": options.threads, "preset": options.preset, "machine": platform.processor() or platform.machine()}
     print(json.dumps(result))
 

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_instruct.errors import LostProcessError
+from megatron_instruct.errors import ConfigError, LostProcessError
 from megatron_instruct.training.settings.faults import FaultOptions
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON, ExitRequests, reason_of
 
@@ -101,10 +101,12 @@ def test_a_request_to_end_is_seen_at_the_next_step_and_signals_are_given_back() 
         assert reason_of(requests.code(1)) == "exit_duration_in_mins is over"
 
 
-def launched(flags: list[str], log: Path) -> subprocess.Popen[bytes]:
+def launched(flags: list[str], log: Path, more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """more: of the environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
     with open(log, "ab") as stream:
         words = [sys.executable, str(LAUNCH), "--standalone", "--nproc-per-node", "2", str(PRETRAIN), *flags]
-        return subprocess.Popen(words, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        return subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
@@ -134,6 +136,21 @@ def test_a_killed_rank_is_named_in_one_message_and_ends_the_run(tmp_path: Path, 
     assert "no answer from rank 1 " in said
     assert "launch.py: rank 1 was ended by SIGKILL; the same command goes on." in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_told_once_and_disturbs_nothing(
+    tmp_path: Path, flags: Callable[..., list[str]], two: dict[str, Path]
+) -> None:
+    save, logs = tmp_path / "save", [tmp_path / "first", tmp_path / "second"]
+    slow = {"MEGATRON_INSTRUCT_REHEARSE": "slow seconds=0.15 step=1"}  # so that it is there for the whole of the second one
+    first = launched(flags(save, *SHARDED), logs[0], slow)
+    wait_for_step(save, 1, first, logs[0])
+    assert launched(flags(save, *SHARDED), logs[1]).wait(timeout=120) == ConfigError.exit_status
+    assert first.poll() is None
+    assert logs[1].read_text().count("another run is writing to") == 1
+    assert first.wait(timeout=300) == 0, logs[0].read_text()
+    assert_same_end(save, two["distributed optimizer"])
 
 
 @pytest.mark.slow
