@@ -62,8 +62,11 @@ def padded_vocab_size(architecture: Architecture, layout: ParallelLayout, diviso
     return math.ceil(architecture.vocab_size / multiple) * multiple
 
 
-def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
-    """Make megatron-core's process groups and random streams; the process group must exist and match layout.world_size."""
+def join_model_parallel_groups(layout: ParallelLayout, *, seed: int, timeout_minutes: float = 10.0) -> None:
+    """Make megatron-core's process groups and random streams; the process group must exist and match layout.world_size.
+
+    timeout_minutes: of a collective in one of them, which the whole process group's own does not bound.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -71,6 +74,7 @@ def join_model_parallel_groups(layout: ParallelLayout, *, seed: int) -> None:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor_of_experts,
+        distributed_timeout_minutes=timeout_minutes,
     )
     seed_random_streams(seed)
 

@@ -7,6 +7,7 @@ next steps run: killed meanwhile, the run goes on from the checkpoint before.
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Checkpoints:
         self._architecture, self._identity = architecture, identity
         self._first = torch.distributed.get_rank() == 0
         self._pending: _Pending | None = None
+        self._removing: threading.Thread | None = None
         if self._first:
             clear_deleted(options.save)
 
@@ -76,10 +78,12 @@ class Checkpoints:
             self.finish()
         elif self._pending is not None:
             self._give_up(self._pending)
+        self._wait_for_removal()
 
     def save(self, iteration: int) -> None:
         """Save a checkpoint of this iteration, or with async_save begin to. Raises TrainingError where the disk is too full for it."""
         self.finish()
+        self._wait_for_removal()  # before the disk is looked at, and before a process is forked
         since = time.perf_counter()
         folder = contextlib.ExitStack()
         _on_first_rank(lambda: self._make_room(iteration, folder))
@@ -137,9 +141,15 @@ class Checkpoints:
         write_manifest(partial / "manifest.json", sealed(manifest))
         pending.folder.close()
         write_latest(self._options.save, pending.iteration)
-        delete_expendable(self._options.save, keep_last=self._options.keep_last, retain_interval=self._options.save_retain_interval)
+        options = self._options
+        self._removing = delete_expendable(options.save, keep_last=options.keep_last, retain_interval=options.save_retain_interval)
         size, seconds = sum(output.bytes for output in outputs) / 1e9, time.perf_counter() - pending.since
         print(f"checkpoint of iteration {pending.iteration} saved in {seconds:.1f} s ({size:,.2f} GB)", flush=True)
+
+    def _wait_for_removal(self) -> None:
+        if self._removing is not None:
+            self._removing.join()
+            self._removing = None
 
     def _give_up(self, pending: _Pending) -> None:
         self._pending = None

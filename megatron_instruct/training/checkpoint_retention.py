@@ -1,11 +1,12 @@
 """Which checkpoints of a run are kept, and how the others go. Does not know: torch.
 
-A checkpoint that goes is renamed first: no folder with a checkpoint's name ever is half there. What a killed process leaves of it is
-removed by the next one.
+A checkpoint that goes is renamed first: no folder with a checkpoint's name ever is half there. Its files are then removed while training
+goes on, since that takes a disk its time; what a killed process leaves of them is removed by the next one.
 """
 
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,20 +25,33 @@ def expendable(saved: Iterable[int], *, keep_last: int | None, retain_interval: 
     return [number for number in older if retain_interval is None or number % retain_interval]
 
 
-def delete_expendable(folder: Path, *, keep_last: int | None, retain_interval: int | None) -> None:
-    """Delete what is not to be kept of a folder whose newest checkpoint is whole. For one process only."""
+def delete_expendable(folder: Path, *, keep_last: int | None, retain_interval: int | None) -> threading.Thread | None:
+    """Delete what is not to be kept of a folder whose newest checkpoint is whole. For one process only.
+
+    The checkpoints are gone when this returns; the thread, where there is one, removes their files.
+    """
     present = [number for number in iterations(folder) if iteration_folder(folder, number).is_dir()]
-    for number in expendable(present, keep_last=keep_last, retain_interval=retain_interval):
-        delete(iteration_folder(folder, number))
+    unwanted = expendable(present, keep_last=keep_last, retain_interval=retain_interval)
+    for number in unwanted:
+        _set_aside(iteration_folder(folder, number))
+    if not unwanted:
+        return None
+    removing = threading.Thread(target=clear_deleted, args=(folder,), name="removes old checkpoints")
+    removing.start()
+    return removing
 
 
 def delete(path: Path) -> None:
     """Delete a checkpoint, or what is there under its name; nothing where there is nothing."""
     if path.exists():
-        going = path.with_name(path.name + _GOING)
-        shutil.rmtree(going, ignore_errors=True)
-        os.replace(path, going)
+        _set_aside(path)
     clear_deleted(path.parent)
+
+
+def _set_aside(path: Path) -> None:
+    going = path.with_name(path.name + _GOING)
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
 
 
 def clear_deleted(folder: Path) -> None:

@@ -73,7 +73,7 @@ def build_run(
     identity: dict[str, Any],
 ) -> Run:
     """Build model, optimizer and data on this rank, and read the checkpoint to start from."""
-    join_model_parallel_groups(layout, seed=config.batch.seed)
+    join_model_parallel_groups(layout, seed=config.batch.seed, timeout_minutes=config.parallel.distributed_timeout_minutes)
     models = build_model(start.architecture, layout, machine, build_options(config))
     if start.path is not None and not start.resumes:
         load_weights(start.path, models)

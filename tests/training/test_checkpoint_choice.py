@@ -152,7 +152,10 @@ def test_the_last_ones_and_the_multiples_are_kept(keep_last: int | None, retain_
 def test_deletion_takes_whole_folders_and_finishes_what_a_killed_process_left(saved: Path) -> None:
     (saved / "iter_0000005.deleted").mkdir()
     (saved / "iter_0000005.deleted" / "__0_0.distcp").write_bytes(b"rest")
-    delete_expendable(saved, keep_last=1, retain_interval=None)
+    removing = delete_expendable(saved, keep_last=1, retain_interval=None)
+    assert [path.name for path in saved.glob("iter_*") if not path.name.endswith(".deleted")] == ["iter_0000020"]
+    assert removing is not None
+    removing.join()
     assert sorted(path.name for path in saved.glob("iter_*")) == ["iter_0000020"]
     delete(saved / "iter_0000020")
     assert not list(saved.glob("iter_*"))

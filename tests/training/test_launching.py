@@ -139,6 +139,23 @@ def test_a_killed_rank_is_named_in_one_message_and_ends_the_run(tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_a_rank_that_answers_no_longer_ends_the_run_after_the_timeout(tmp_path: Path, flags: Callable[..., list[str]]) -> None:
+    save, log = tmp_path / "save", tmp_path / "log"
+    launcher = launched(flags(save, "--train-iters", 2000, "--distributed-timeout-minutes", 0.2, *SHARDED), log)
+    wait_for_step(save, 2, launcher, log)
+    ranks = ranks_of(launcher)
+    ranks[1].suspend()
+    since = time.monotonic()
+    ranks[0].wait(timeout=60)
+    assert time.monotonic() - since > 10.0
+    assert launcher.wait(timeout=90) == LostProcessError.exit_status
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+    said = log.read_text()
+    assert said.count("pretrain.py: error:") == 1 and "no answer from rank 1 " in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_told_once_and_disturbs_nothing(
     tmp_path: Path, flags: Callable[..., list[str]], two: dict[str, Path]
 ) -> None:
