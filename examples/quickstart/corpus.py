@@ -33,7 +33,7 @@ class CorpusConfig:
     """Folder of the three parts."""
     heldout: int = 40
     """Texts held out for the evaluation; at most a fifth of the corpus."""
-    synthesize: int = 120
+    synthesize: int = 100
     """Texts that get instruction-response pairs, at most; at least a quarter of those not held out stay raw."""
     synthesize_characters: int = 90_000
     """Characters of these texts together, at most."""

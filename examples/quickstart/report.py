@@ -4,7 +4,6 @@ Comes in: the stages' manifests, examples, documents and metrics. Nothing is com
 down are not shown.
 """
 
-import io
 import json
 import os
 import platform
@@ -13,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import psutil
 from stages import HERE, QuickstartConfig, Stage
 
-import megatron_instruct
 from megatron_instruct import __version__
 from megatron_instruct.evaluation.comparison import Comparison, compare
 from megatron_instruct.evaluation.config import PERPLEXITY
 from megatron_instruct.evaluation.results import read_results
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest, read_manifest
+from megatron_instruct.pages import Chart, Series, line_chart, render_page
 
 _SHOWN_EXAMPLES = 4
 _SHOWN_CHARACTERS = 1600
@@ -48,28 +46,27 @@ class Results:
 def write_report(config: QuickstartConfig, stages: Sequence[Stage], times: Mapping[str, Any]) -> Path:
     """Write OUTPUT_DIR/report.html and return its path."""
     results = _read(config)
-    loader = jinja2.FileSystemLoader([HERE, Path(megatron_instruct.__file__).parent])
-    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template("report.html.j2")
     total = sum(entry["seconds"] for entry in times.values())
-    page = template.render(
-        corpus_name=config.corpus.name,
-        model_name="SmolLM2-135M-Instruct" if config.base_model is None else config.base_model.name,
-        version=__version__,
-        facts=_facts(results, total),
-        verdict=_verdict(results.comparison),
-        examples=_examples(config.folder),
-        yields=_yields(results),
-        drops=_drops(results),
-        training_summary=_training_summary(results.metrics),
-        chart=_chart(results.metrics),
-        comparison=_comparison_rows(results.comparison),
-        evaluation_note=_EVALUATION_NOTE,
-        proofs=[_proof("Hugging Face → Megatron", results.imported), _proof("Megatron → Hugging Face", results.exported)],
-        machine=_machine(),
-        stages=[_stage_row(stage, times[stage.name]) for stage in stages],
-        total_time=_clock(total),
-        highest_memory=_gigabytes(max(entry["peak_bytes"] for entry in times.values())),
-    )
+    content = {
+        "corpus_name": config.corpus.name,
+        "model_name": "SmolLM2-135M-Instruct" if config.base_model is None else config.base_model.name,
+        "version": __version__,
+        "facts": _facts(results, total),
+        "verdict": _verdict(results.comparison),
+        "examples": _examples(config.folder),
+        "yields": _yields(results),
+        "drops": _drops(results),
+        "training_summary": _training_summary(results.metrics),
+        "chart": _chart(results.metrics),
+        "comparison": _comparison_rows(results.comparison),
+        "evaluation_note": _EVALUATION_NOTE,
+        "proofs": [_proof("Hugging Face → Megatron", results.imported), _proof("Megatron → Hugging Face", results.exported)],
+        "machine": _machine(),
+        "stages": [_stage_row(stage, times[stage.name]) for stage in stages],
+        "total_time": _clock(total),
+        "highest_memory": _gigabytes(max(entry["peak_bytes"] for entry in times.values())),
+    }
+    page = render_page(HERE, "report.html.j2", content, extra="all")
     path = config.folder / "report.html"
     with atomic_write(path) as stream:
         stream.write(page)
@@ -159,32 +156,12 @@ def _training_summary(metrics: Sequence[dict[str, Any]]) -> str:
     return f"{steps[-1]['iteration']} steps, {steps[-1]['tokens']:,} tokens, {rates[len(rates) // 2]:,.0f} tokens a second{peak}"
 
 
-def _chart(metrics: Sequence[dict[str, Any]]) -> str:
-    """Return the loss curves as SVG."""
-    import matplotlib
+def _chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(record["iteration"], record[key]) for record in metrics if key in record]
 
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 10})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.5, 3.4), layout="constrained")
-    steps = [(record["iteration"], record["loss"]) for record in metrics if "loss" in record]
-    held_out = [(record["iteration"], record["validation_loss"]) for record in metrics if "validation_loss" in record]
-    axes.plot(*zip(*steps, strict=True), color="#9db7d8", linewidth=1.4, label="training batches")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="#1f6feb", linewidth=2.2, marker="o", markersize=5, label="held-out texts")
-        for iteration, loss in (held_out[0], held_out[-1]):
-            axes.annotate(f"{loss:.3f}", (iteration, loss), textcoords="offset points", xytext=(0, 9), ha="center", color="#1f6feb")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.margins(y=0.18)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e9ee")
-    axes.legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    held_out = Series(name="held-out texts", points=points("validation_loss"), dots=True)
+    return line_chart("Loss (nats a token)", [held_out, Series(name="training batches", points=points("loss"), color=1)])
 
 
 def _proof(name: str, manifest: Manifest) -> dict[str, Any]:

@@ -22,11 +22,11 @@ class QuickstartConfig:
     """Folder of everything that is made (default: runs/quickstart, or runs/CORPUS for your own corpus)."""
     base_model: Path | None = None
     """Hugging Face folder of the model that writes the pairs and is trained further (default: SmolLM2-135M-Instruct)."""
-    synthesize: int = 120
+    synthesize: int = 100
     """Texts that get instruction-response pairs, at most."""
     heldout: int = 40
     """Texts held out for the evaluation, at most."""
-    train_iters: int = 8
+    train_iters: int = 7
     """Optimizer steps."""
 
     @property

@@ -12,7 +12,7 @@ Does not know: files, lm-eval.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,8 @@ def document_nll(
 ) -> list[float]:
     """Return the negative log-likelihood of each sequence given its first token.
 
-    model: a transformers causal language model in evaluation mode. Windows of like length are scored together, the longest first;
-    padding stands on the right, where a causal model does not see it.
+    model: a transformers causal language model in evaluation mode. At most batch_size windows of like length are scored together, the
+    longest first; padding stands on the right, where a causal model does not see it.
     """
     import torch
 
@@ -68,8 +68,7 @@ def document_nll(
     order = sorted(range(len(windows)), key=lambda number: (windows[number].begin - windows[number].end, number))
     scores = [0.0] * len(windows)
     with torch.inference_mode():
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
+        for batch in _batches(order, [window.end - window.begin for window in windows], batch_size):
             for number, score in zip(batch, _score([windows[number] for number in batch], sequences, model), strict=True):
                 scores[number] = score
             report(len(batch))
@@ -77,6 +76,18 @@ def document_nll(
     for window, score in zip(windows, scores, strict=True):
         totals[window.document] += score
     return totals
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield windows from the longest to the shortest, at most batch_size at once, and none that is more than a quarter padding."""
+    batch: list[int] = []
+    for number in order:
+        if batch and (len(batch) == batch_size or lengths[number] < 0.75 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def _score(windows: Sequence[Window], sequences: Sequence[Sequence[int]], model: Any) -> list[float]:
