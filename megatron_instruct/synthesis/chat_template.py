@@ -27,7 +27,8 @@ class ChatTemplate:
         except ImportError as error:
             raise MissingPackageError("transformers", extra="synthesis", purpose="a chat prompt format") from error
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            load = transformers.AutoTokenizer.from_pretrained
+            self._tokenizer: Any = load(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
         if not self._tokenizer.chat_template:

@@ -6,12 +6,12 @@ blending are megatron-core's (BlendedMegatronDatasetBuilder, GPTDataset), but fo
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
@@ -122,9 +122,10 @@ def _name(config: PretrainConfig, *what: Any) -> str:
     """Return the folder of indices that depend on `what`.
 
     The name stands for everything that they depend on, the content of the data included, which megatron-core's own keys leave out: a
-    data set rebuilt at the same prefix does not meet stale indices.
+    data set rebuilt at the same prefix does not meet stale indices. (megatron.core.__version__ would not do: it ends in the commit of the
+    folder that one works in.)
     """
-    of_indices = [megatron.core.__version__, config.batch.seed, config.batch.seq_length, *what]
+    of_indices = [importlib.metadata.version("megatron-core"), config.batch.seed, config.batch.seq_length, *what]
     return hashlib.sha256(json.dumps(of_indices).encode()).hexdigest()[:16]
 
 

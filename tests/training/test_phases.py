@@ -142,10 +142,16 @@ def test_phases_end_at_their_steps_while_the_batch_grows(one: dict[str, Path], c
     assert not first & second, "the second phase goes on where the first stopped"
 
 
-def test_a_step_names_its_phase_and_its_documents(one: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_names_its_phase_and_its_documents(
+    one: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And finds a run's indices after a commit in the folder that one works in, which megatron-core names in its version."""
+    import megatron.core
+
     from megatron_instruct.training.trace import TraceConfig
     from megatron_instruct.training.trace import run as trace
 
+    monkeypatch.setattr(megatron.core, "__version__", "0.19.2+another")
     trace(TraceConfig(save=one["phases"], iterations=(7, 8, 20)))
     printed = capsys.readouterr().out
     assert "step 7 (phase 1, steps 1 to 7), sample 0:" in printed
