@@ -28,7 +28,7 @@ from megatron_instruct.models.checkpoint_folder import iteration_folder, read_de
 
 DESCRIPTION = "conversion.json"
 """The manifest of the re-layout; manifest.json in SAVE is the one of a run that ends there."""
-_NOTES = ("metrics.jsonl", "faults.jsonl")
+_NOTES = ("metrics.jsonl", "samples.jsonl", "faults.jsonl")
 """What pretrain.py writes beside its checkpoints and reads again when it goes on."""
 _CHANGES_NOTHING = ("dtype", "tokenizer", "max_position_embeddings", "prove_text")
 

@@ -67,9 +67,11 @@ def train(tmp_path: Path, corpus: Path, tokenizer_folder: Path, torchrun: Callab
 
 def lay_out_anew(folder: Path, target: Path) -> None:
     """Lay out the checkpoint of the fourth step; of the run's notes, keep none that could stand for steps which are not run."""
+    (folder / "samples.jsonl").write_text('{"iteration": 2, "prompt": "A hacker", "text": " is"}\n')
     manifest = run(ConvertConfig(load=folder, save=target, to="megatron", iteration=STOP))
     assert manifest.facts["proof"]["proved"]
-    assert (target / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    for note in ("metrics.jsonl", "samples.jsonl"):
+        assert (target / note).read_bytes() == (folder / note).read_bytes()
     (target / "metrics.jsonl").unlink()
 
 
