@@ -171,6 +171,8 @@ def make_transformer_config(
 
 
 _NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+_OF_FAMILIES = ("num_moe_experts", "window_size", "window_attn_skip_freq")
+"""What a family has or lacks: decided by the model's settings also where it is left at megatron-core's default."""
 _CPU_SETTINGS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "bias_activation_fusion": False,
@@ -245,8 +247,9 @@ def check_fields(extra: Mapping[str, Any]) -> None:
 
 def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     check_fields(extra)
+    defaults = {*_CPU_SETTINGS, *_CUDA_SETTINGS, *_NO_DROPOUT}
     for name in extra:
-        if name in settings and not any(name in defaults for defaults in (_CPU_SETTINGS, _CUDA_SETTINGS, _NO_DROPOUT)):
+        if name in _OF_FAMILIES or name in settings.keys() - defaults:
             raise ConfigError(f"transformer_config: {name!r} is decided by the model and layout settings; set it there.")
     return dict(extra)
 

@@ -142,9 +142,11 @@ TWO: dict[str, tuple[object, ...]] = {
     "data": (),
     "distributed optimizer": SHARDED,
 }
+TWO_KINDS: dict[str, tuple[object, ...]] = {"muon tensor": (*TENSOR, *MUON), "window context": (*CONTEXT, *WINDOW)}
 TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again distributed optimizer": ("distributed optimizer", SHARDED),
     "distributed optimizer to tensor": ("distributed optimizer", TENSOR),
+    "muon tensor to pipeline": ("muon tensor", (*PIPELINE, *MUON)),
 }
 
 # what takes longer, marked slow
@@ -217,7 +219,7 @@ def one_more(runs: Runs) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def two(runs: Runs) -> dict[str, Path]:
     """Runs of two processes."""
-    return runs(2, TWO, TWO_RESUMED)
+    return runs(2, {**TWO, **TWO_KINDS}, TWO_RESUMED)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from .conftest import (
     SHARDED,
     TENSOR,
     TWO,
+    TWO_KINDS,
     TWO_RESUMED,
     Runs,
     assert_same_end,
@@ -90,6 +91,15 @@ def test_a_batch_that_grows_is_the_same_in_two_processes(name: str, one: dict[st
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_equal_one(name: str, one: dict[str, Path], two: dict[str, Path]) -> None:
     assert_equal_runs(two[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", TWO_KINDS)
+def test_muon_over_tensor_ranks_and_a_window_over_context_ranks_equal_one_process(
+    name: str, one: dict[str, Path], two: dict[str, Path]
+) -> None:
+    alone = one[name.split()[0]]
+    assert_equal_runs(two[name], alone, tolerance=1e-5)
+    assert abs(read_metrics(alone).training[-1][1] - read_metrics(one["reference"]).training[-1][1]) > 1e-4
 
 
 @pytest.mark.slow

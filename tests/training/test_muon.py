@@ -1,4 +1,4 @@
-"""Muon: which weights it takes, that it learns, that a run goes on where it stopped."""
+"""Muon: which weights it takes, that it learns, that layouts agree, that a run goes on where it stopped."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,10 +9,25 @@ import pytest
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.training.settings.optimizer import OptimizerOptions
 
-from .conftest import MUON, STOP, assert_same_end, read_metrics, weights
+from .conftest import ITERATIONS, MUON, PIPELINE, SEQUENCE, STOP, TENSOR, Runs, assert_same_end, read_metrics, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MATRICES = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
+MORE: dict[str, tuple[object, ...]] = {
+    "data": MUON,
+    "pipeline": (*PIPELINE, *MUON),
+    "sequence parallel": (*SEQUENCE, *MUON),
+    "tensor ranks together": (*TENSOR, *MUON, "--muon-tp-mode", "distributed"),
+}
+
+
+def assert_agree(folder: Path, reference: Path, *, tolerance: float) -> None:
+    found, wanted = read_metrics(folder), read_metrics(reference)
+    assert [row[0] for row in found.training] == list(range(1, ITERATIONS + 1))
+    for mine, theirs in zip(found.training, wanted.training, strict=True):
+        assert mine[1] == pytest.approx(theirs[1], abs=tolerance, rel=0.0)
+        assert mine[2] == theirs[2]
+    assert found.validation[-1][1] == pytest.approx(wanted.validation[-1][1], abs=tolerance, rel=0.0)
 
 
 def test_muon_learns_and_otherwise_than_adamw(one: dict[str, Path]) -> None:
@@ -33,6 +48,33 @@ def test_matrices_inside_layers_have_a_momentum_and_everything_else_the_moments_
 
 def test_a_stopped_run_goes_on_bit_for_bit(one: dict[str, Path]) -> None:
     assert_same_end(one["again muon"], one["muon"])
+
+
+@pytest.mark.slow
+def test_other_layouts_equal_one_process(runs: Runs, one: dict[str, Path]) -> None:
+    folders = runs(2, MORE, {"again sequence parallel": ("sequence parallel", MORE["sequence parallel"])})
+    for name in MORE:
+        assert_agree(folders[name], one["muon"], tolerance=1e-5)
+    assert_same_end(folders["again sequence parallel"], folders["sequence parallel"])
+
+
+@pytest.mark.slow
+def test_muon_learns_in_bf16_with_experts_and_by_blocks_of_a_tensor_rank(runs: Runs, one: dict[str, Path]) -> None:
+    kinds: dict[str, tuple[object, ...]] = {
+        "bf16": (*MUON, "--bf16"),
+        "experts": (*MUON, "--preset", "tiny-experts"),
+        "bf16 iterations": (*MUON, "--muon-fp32-matmul-prec", "medium"),
+        "one matrix of query, key and value": (*MUON, "--muon-no-split-qkv"),
+        "another scale": (*MUON, "--muon-scale-mode", "unit_rms_norm", "--muon-coefficient-type", "polar_express"),
+    }
+    alone = runs(1, kinds, {"again bf16": ("bf16", kinds["bf16"]), "again experts": ("experts", kinds["experts"])})
+    for name in ("bf16", "experts"):
+        assert_same_end(alone[f"again {name}"], alone[name])
+    blocks = runs(2, {"blocks": (*TENSOR, *MUON, "--muon-tp-mode", "blockwise")}, {})
+    ends = {name: read_metrics(folder).training for name, folder in {**alone, **blocks, "usual": one["muon"]}.items()}
+    for rows in ends.values():
+        assert rows[-1][1] < rows[0][1] - 0.05
+    assert len({rows[-1][1] for name, rows in ends.items() if not name.startswith("again")}) == len(kinds) + 2
 
 
 @pytest.mark.parametrize(
