@@ -18,7 +18,8 @@ from megatron_instruct.platform.device import Machine
 
 _BYTES_PER_PARAMETER = 7.0  # fp32 and what is stored beside it, were all of it in memory at once: what is much smaller is soon computed
 _RESERVE = 1.5e9  # bytes
-_SAMPLE_TOKENS = 128  # of the text that single layers are compared on
+_SAMPLE_TOKENS = 128  # of the text that single layers are compared on, and whole models at least
+_WORK = 1.5e11  # parameters x tokens of a whole model: some ten seconds of two cores for both sides
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -45,17 +46,18 @@ def compare(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]
 
 
 def whole_model(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]:
-    """Compare every layer, and the logits."""
+    """Compare every layer, and the logits; of a larger model on fewer tokens."""
     architecture = sides.architecture
+    ids = ids[: max(_SAMPLE_TOKENS, round(_WORK / architecture.num_parameters))]
     model = megatron_side.build(architecture, machine, sides.parameter)
-    ours = megatron_side.outputs_of(model, architecture, ids)
+    ours = megatron_side.outputs_of(model, architecture, ids, epsilon=proof.epsilon_of(sides.rounded_to))
     del model
     layers, logits = huggingface_side.outputs(sides.folder, sides.config_file, ids)
     checks = [
-        proof.check_layer(number, mine, theirs, depth=number + 1, rounded_to=sides.rounded_to)
-        for number, (mine, theirs) in enumerate(zip(ours.layers, layers, strict=True))
+        proof.check_layer(number, mine, theirs, moved=moved)
+        for number, (mine, theirs, moved) in enumerate(zip(ours.layers, layers, ours.layers_moved, strict=True))
     ]
-    return [*checks, proof.check_logits(ours.logits, logits, rounded_to=sides.rounded_to, num_layers=architecture.num_layers)]
+    return [*checks, proof.check_logits(ours.logits, logits, moved=ours.logits_moved)]
 
 
 def sample_of_layers(sides: Sides, machine: Machine, ids: list[int]) -> list[proof.Check]:
@@ -79,10 +81,11 @@ def sample_of_layers(sides: Sides, machine: Machine, ids: list[int]) -> list[pro
             sliding_window=architecture.sliding_window if has_window else None,
         )
         model = megatron_side.build(one, machine, lambda name, layer=layer: _of_layer(sides, name, layer))  # type: ignore[misc]
-        ours = megatron_side.outputs_of(model, one, [0] * len(ids), hidden_SC).layers[0]
+        outputs = megatron_side.outputs_of(model, one, [0] * len(ids), epsilon=proof.epsilon_of(sides.rounded_to), hidden_SC=hidden_SC)
         del model
+        ours = outputs.layers[0]
         theirs = huggingface_side.layer_output(sides.folder, sides.config_file, layer, hidden_SC)
-        checks.append(proof.check_layer(layer, ours, theirs, depth=1, rounded_to=sides.rounded_to))
+        checks.append(proof.check_layer(layer, ours, theirs, moved=outputs.layers_moved[0]))
         hidden_SC = ours
     return checks
 

@@ -180,15 +180,38 @@ class Outputs:
     """After each layer: [S, C]."""
     logits: torch.Tensor
     """[S, V], without the rows that pad the vocabulary."""
+    layers_moved: list[float]
+    """After each layer: how far its largest change went when the input of every layer was rounded at random."""
+    logits_moved: float
 
 
-def outputs_of(model: GPTModel, architecture: Architecture, ids: list[int], hidden_SC: torch.Tensor | None = None) -> Outputs:
-    """Run the model over a sequence, or over hidden states that stand for its embedding."""
+def outputs_of(
+    model: GPTModel, architecture: Architecture, ids: list[int], *, epsilon: float, hidden_SC: torch.Tensor | None = None
+) -> Outputs:
+    """Run the model over a sequence, or over hidden states that stand for its embedding, and over a second one beside it.
+
+    In the second one each value that goes into a layer is off by a random part of about epsilon: what rounding does to this model.
+    """
+    generator = torch.Generator().manual_seed(1)
     layers: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _m, _i, output: layers.append(output[0][:, 0].clone())) for layer in model.decoder.layers]
+    moved: list[float] = []
+
+    def round_second(_module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_SBC = named["hidden_states"] if "hidden_states" in named else given[0]
+        hidden_SBC[:, 1] *= 1.0 + epsilon * torch.randn(hidden_SBC[:, 1].shape, generator=generator)
+        return given, named
+
+    def keep(_module: Any, _given: Any, output: Any) -> None:
+        first_SC, second_SC = output[0].unbind(1)
+        layers.append(first_SC.clone())
+        moved.append(float((second_SC - first_SC).abs().max()))
+
+    hooks = [layer.register_forward_pre_hook(round_second, with_kwargs=True) for layer in model.decoder.layers]
+    hooks += [layer.register_forward_hook(keep) for layer in model.decoder.layers]
     with torch.no_grad():
-        given = None if hidden_SC is None else hidden_SC[:, None]
-        logits = model(torch.tensor([ids]), torch.arange(len(ids))[None], None, decoder_input=given)
+        given = None if hidden_SC is None else hidden_SC[:, None].repeat(1, 2, 1)
+        logits = model(torch.tensor([ids, ids]), torch.arange(len(ids)).repeat(2, 1), None, decoder_input=given)
     for hook in hooks:
         hook.remove()
-    return Outputs(layers=layers, logits=logits[0, :, : architecture.vocab_size].float())
+    first_SV, second_SV = logits[:, :, : architecture.vocab_size].float().unbind()
+    return Outputs(layers=layers, logits=first_SV, layers_moved=moved, logits_moved=float((second_SV - first_SV).abs().max()))

@@ -1,12 +1,11 @@
 """The proof that two models are the same: names, weights, layers, logits, token ids; each a check that passes or fails with its number.
 
 Layers and logits of both sides are computed in fp32 on the CPU from the weights as they were written. Where no weight was rounded, the
-sides differ by the order of fp32 sums alone: a unit in the last place of each of the residual stream's 2 · layers additions and of the
-matrix products that feed them, relative to the largest value. The tolerance is that, times a factor; where weights were rounded to
-a shorter type, its epsilon takes the place of fp32's.
+sides differ by the order of fp32 sums alone. How far that carries is a property of the model, and it is measured: our side runs a second
+sequence, whose values are off by a random part of an epsilon before every layer. The tolerance is how far that moved the results, times
+a factor; where weights were rounded to a shorter type, its epsilon takes the place of fp32's.
 """
 
-import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from megatron_instruct.tokenizer import Tokenizer
 
 MAX_TOKENS = 512
 """Length of the text whose logits are compared (tokens)."""
-_FACTOR = 24.0  # of the largest difference: 13 is the most that random models came to; wrong frequencies or head orders are far above
+_FACTOR = 8.0  # 2.7 is the most that 60 random models of all families came to, half of them below 0.4; what is wrong is far above
 
 TEXT = """\
 A lighthouse keeper writes down what she sees. At 04:15 the wind turns to north-north-west, force 7, and the barometer falls from
@@ -92,27 +91,26 @@ def check_weights(different: Sequence[str], *, count: int, rounded: str | None) 
     return Check(name="weights", passed=not different, detail=detail, values={"tensors": count, "different": list(different)[:20]})
 
 
-def tolerance_of(theirs: torch.Tensor, *, rounded_to: torch.dtype | None, num_layers: int) -> float:
-    """Return the largest difference that rounding explains after so many layers."""
-    epsilon = torch.finfo(rounded_to or torch.float32).eps
-    return _FACTOR * epsilon * float(theirs.abs().max()) * math.sqrt(2 * num_layers)
+def epsilon_of(rounded_to: torch.dtype | None) -> float:
+    """Return the relative rounding of the type that weights were rounded to, or else of fp32, in which both sides compute."""
+    return torch.finfo(rounded_to or torch.float32).eps
 
 
-def check_layer(layer: int, ours: torch.Tensor, theirs: torch.Tensor, *, depth: int, rounded_to: torch.dtype | None) -> Check:
-    """Compare the hidden states [S, C] after a layer; depth: the layers that both sides computed up to here."""
+def check_layer(layer: int, ours: torch.Tensor, theirs: torch.Tensor, *, moved: float) -> Check:
+    """Compare the hidden states [S, C] after a layer; moved: how far random rounding of the layers' inputs moved our own."""
     difference = (ours - theirs).abs()
     largest, mean = float(difference.max()), float(difference.mean())
-    tolerance = tolerance_of(theirs, rounded_to=rounded_to, num_layers=depth)
+    tolerance = _FACTOR * moved
     detail = f"{ours.size(0)} tokens, max |difference| {largest:.2e}, mean {mean:.2e}, tolerance {tolerance:.2e}"
     values = {"layer": layer, "max": largest, "mean": mean, "tolerance": tolerance, "largest": float(theirs.abs().max())}
     return Check(name=f"layer {layer}", passed=largest <= tolerance, detail=detail, values=values)  # False for NaN
 
 
-def check_logits(ours: torch.Tensor, theirs: torch.Tensor, *, rounded_to: torch.dtype | None, num_layers: int) -> Check:
-    """Compare the logits [S, V] of both sides."""
+def check_logits(ours: torch.Tensor, theirs: torch.Tensor, *, moved: float) -> Check:
+    """Compare the logits [S, V] of both sides; moved: how far random rounding of the layers' inputs moved our own."""
     difference = (ours - theirs).abs()
     largest, mean, scale = float(difference.max()), float(difference.mean()), float(theirs.abs().max())
-    tolerance = tolerance_of(theirs, rounded_to=rounded_to, num_layers=num_layers)
+    tolerance = _FACTOR * moved
     passed = largest <= tolerance  # False for NaN
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     detail = (
