@@ -98,19 +98,26 @@ class EmulatedProduct(torch.nn.Module):
         """To be called when the gradients of this layer are computed."""
         self._decoder[0].backward_is_over(self)
 
-    def get_extra_state(self) -> dict[str, torch.Tensor] | None:
-        return {"scale": self.scale_N.clone(), "amax_history": self.history_LN.clone()} if self.recipe.recipe == "delayed" else None
-
-    def set_extra_state(self, state: Any) -> None:
-        if state is not None and self.recipe.recipe == "delayed":
-            self.scale_N.copy_(state["scale"])
-            self.history_LN.copy_(state["amax_history"])
-
     def _apply(self, fn: Any, recurse: bool = True) -> "EmulatedProduct":
         """Follow the layer to its device; scales stay fp32 whatever type the layer is given."""
         device = fn(torch.empty(0, device=self.scale_N.device)).device
         self.scale_N, self.history_LN = self.scale_N.to(device), self.history_LN.to(device)
         return self
+
+
+class RememberingProduct(EmulatedProduct):
+    """Of a recipe whose scales follow from the steps before: they are part of a checkpoint.
+
+    Other recipes add nothing to it: the layers that they leave in 16 bits would be holes that megatron-core does not save (0.19.2).
+    """
+
+    def get_extra_state(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale_N.clone(), "amax_history": self.history_LN.clone()}
+
+    def set_extra_state(self, state: Any) -> None:
+        if state is not None:
+            self.scale_N.copy_(state["scale"])
+            self.history_LN.copy_(state["amax_history"])
 
 
 class _Product(torch.autograd.Function):
@@ -157,7 +164,7 @@ class EmulatedDecoder:
             decoder.register_forward_hook(self._forward_is_over)
 
     def _emulate(self, linear: torch.nn.Module) -> EmulatedProduct:
-        product = EmulatedProduct(self._recipe, self)
+        product = (RememberingProduct if self._recipe.recipe == "delayed" else EmulatedProduct)(self._recipe, self)
         linear.fp8 = product
         linear._forward_impl = product.multiply  # type: ignore[assignment]
         return product

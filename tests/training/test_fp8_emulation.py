@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import INTERLEAVED, PIPELINE, SEQUENCE, STOP, TENSOR, assert_same_end, read_metrics
+from .conftest import CONTEXT, FIRST_STEP_IDLE, INTERLEAVED, PIPELINE, SEQUENCE, STOP, TENSOR, assert_same_end, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Runs = Callable[..., dict[str, Path]]
@@ -22,11 +22,14 @@ RECIPES: dict[str, tuple[object, ...]] = {
     "recomputed": (*DELAYED, "--recompute-granularity", "full"),
     "bf16": (*DELAYED, "--bf16"),
 }
+ONE_MICROBATCH = (*DELAYED, *FIRST_STEP_IDLE, "--global-batch-size", 4, "--micro-batch-size", 4, "--save-interval", 1)
+LAYOUTS: dict[str, tuple[object, ...]] = {"tensor": TENSOR, "sequence": SEQUENCE, "pipeline": PIPELINE, "context": CONTEXT, "data": ()}
 
 
 @pytest.fixture(scope="module")
 def delayed(runs: Runs) -> dict[str, Path]:
-    return runs(1, {"fp32": ("--ffn-hidden-size", 192), "delayed": DELAYED}, {"again": ("delayed", DELAYED)})
+    kinds = {"fp32": ("--ffn-hidden-size", 192), "delayed": DELAYED, "one microbatch": ONE_MICROBATCH}
+    return runs(1, kinds, {"again": ("delayed", DELAYED)})
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +99,48 @@ def test_with_bf16_what_is_left_is_in_bf16(recipes: dict[str, Path], delayed: di
 
 
 @pytest.mark.slow
+def test_the_largest_values_of_a_tensor_are_those_over_all_ranks_that_hold_parts_of_it(runs: Runs, delayed: dict[str, Path]) -> None:
+    """One microbatch, before any scale but 1 is used: a rank that kept to its own part would be off by more than rounding."""
+    import torch
+
+    micro = {"data": ("--micro-batch-size", 2)}
+    found = runs(2, {name: (*ONE_MICROBATCH, *layout, *micro.get(name, ())) for name, layout in LAYOUTS.items()}, {})
+    theirs = scales(delayed["one microbatch"], 1)
+    for name, folder in found.items():
+        assert read_metrics(folder).training[0][1] == pytest.approx(read_metrics(delayed["one microbatch"]).training[0][1], abs=1e-4)
+        mine = scales(folder, 1)
+        assert mine.keys() == theirs.keys(), name
+        for key in mine:
+            latest = mine[key]["amax_history"].amax(0)
+            assert (latest > 0).all()
+            torch.testing.assert_close(latest, theirs[key]["amax_history"].amax(0), rtol=0.02, atol=0.0, msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+def test_with_bf16_layouts_stay_near_one_process(runs: Runs, recipes: dict[str, Path]) -> None:
+    layouts = {"tensor": SEQUENCE, "pipeline": PIPELINE, "context": CONTEXT, "data": ("--use-distributed-optimizer",)}
+    found = runs(2, {name: (*DELAYED, "--bf16", *layout) for name, layout in layouts.items()}, {})
+    wanted = read_metrics(recipes["bf16"]).training
+    for name, folder in found.items():
+        for row, other in zip(read_metrics(folder).training, wanted, strict=True):
+            assert row[1] == pytest.approx(other[1], abs=0.02), name
+
+
+@pytest.mark.slow
+def test_recipes_without_a_memory_stay_near_one_process_over_tensor_ranks(runs: Runs, recipes: dict[str, Path]) -> None:
+    """A rank scales its own part, as Transformer Engine does: finer than one process does, hence near it and not equal."""
+    found = runs(2, {name: (*RECIPES[name], *SEQUENCE) for name in ("tensorwise", "blockwise", "mxfp8")}, {})
+    for name, folder in found.items():
+        for row, other in zip(read_metrics(folder).training, read_metrics(recipes[name]).training, strict=True):
+            assert row[1] == pytest.approx(other[1], abs=0.01), name
+
+
+@pytest.mark.slow
 def test_layouts_share_their_scales(runs: Runs, delayed: dict[str, Path]) -> None:
     """Rounding may put a number on the other side of a step of 8 bits, so that layouts are near each other, not equal to 1e-5."""
     import torch
 
-    layouts = {"tensor": TENSOR, "sequence": SEQUENCE, "pipeline": PIPELINE, "interleaved": INTERLEAVED, "data": ()}
+    layouts = {**LAYOUTS, "interleaved": INTERLEAVED}
     found = runs(
         2, {name: (*DELAYED, *layout) for name, layout in layouts.items()}, {"resharded": (delayed["delayed"], (*DELAYED, *PIPELINE))}
     )
@@ -109,7 +149,7 @@ def test_layouts_share_their_scales(runs: Runs, delayed: dict[str, Path]) -> Non
         for row, other in zip(read_metrics(folder).training, wanted.training, strict=True):
             assert row[1] == pytest.approx(other[1], abs=0.005), name
     theirs = scales(delayed["delayed"], STOP)
-    for name in ("tensor", "sequence", "pipeline", "interleaved"):
+    for name in ("tensor", "sequence", "pipeline", "context", "interleaved"):
         mine = scales(found[name], STOP)
         assert mine.keys() == theirs.keys(), name
         for key in mine:
