@@ -6,10 +6,11 @@ raw text -> (synthesis) -> M-shot example: one-shot examples in sequence, each a
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import msgspec
+from msgspec import Struct, field
 
 from megatron_instruct.errors import InputError
 
@@ -33,8 +34,7 @@ class RawText:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InstructionPair:
+class InstructionPair(Struct, frozen=True, kw_only=True, gc=False):
     """One instruction and its response, grounded in a raw text."""
 
     question: str
@@ -81,8 +81,7 @@ class InstructionPair:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OneShotExample:
+class OneShotExample(Struct, frozen=True, kw_only=True, gc=False):
     """A raw text and the pairs grounded in it; no pairs where none could be parsed: the text then stays raw."""
 
     id: str
@@ -106,8 +105,7 @@ class OneShotExample:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MShotExample:
+class MShotExample(Struct, frozen=True, kw_only=True, gc=False):
     """One-shot examples in sequence, each written by the synthesizer with the earlier ones before it. One line of examples.jsonl."""
 
     id: str
@@ -137,12 +135,9 @@ class MShotExample:
 
     def _is_complete(self) -> bool:
         """Whether there are shots and no text is blank, which msgspec does not look at."""
-        texts = [self.id]
-        for shot in self.shots:
-            texts += (shot.id, shot.text)
-            for pair in shot.pairs:
-                texts += (pair.question, pair.answer)
-        return bool(self.shots) and "" not in texts and not any(map(str.isspace, texts))
+        texts = [text for shot in self.shots for pair in shot.pairs for text in (pair.question, pair.answer)]
+        texts += [text for shot in self.shots for text in (shot.id, shot.text)]
+        return bool(self.shots) and bool(self.id.strip()) and all(texts) and not any(map(str.isspace, texts))
 
     @classmethod
     def _checked_from_json(cls, value: Any, *, where: str) -> "MShotExample":
@@ -160,26 +155,32 @@ def _example_decoder() -> Callable[[bytes | str], MShotExample]:
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of a document, and what they are. A tuple, since dozens are made for each document."""
+    """Characters [start, end) of a document, and what they are."""
 
     start: int
     end: int
     role: Role
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentedText:
+class AugmentedText(Struct, frozen=True, kw_only=True, gc=False):
     """A rendered M-shot example: ONE document. One line of augmented.jsonl."""
 
     id: str
     text: str
-    spans: tuple[Span, ...]
-    """In order, without gap or overlap, from 0 to len(text)."""
+    ends: tuple[int, ...]
+    """Where the spans of characters of one role end; the first starts at 0, each other one where the one before ends."""
+    roles: tuple[Role, ...]
+    """What the characters of each span are."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Raw text ids, and the name of every template drawn."""
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """In order, without gap or overlap, from 0 to len(text)."""
+        return tuple(map(Span, (0, *self.ends[:-1]), self.ends, self.roles))
+
     def to_json(self) -> dict[str, Any]:
-        spans = [[span.start, span.end, span.role] for span in self.spans]
+        spans = list(map(list, self.spans))
         return {"id": self.id, "text": self.text, "spans": spans, "provenance": dict(self.provenance)}
 
 

@@ -17,6 +17,7 @@ from megatron_instruct.files import sha256_of
 from megatron_instruct.records import ROLE_CODES, MShotExample, Role
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.rendering import Rendering, render
+from megatron_instruct.templates.sampling import SAMPLING_VERSION
 
 type Spans = Sequence[tuple[int, int, int]]
 """Characters [start, end) of a text and the code of their role, in order, from 0 to the end without gap or overlap."""
@@ -53,7 +54,7 @@ class RenderOptions:
         for file in files:
             if not file.is_file():
                 raise InputError(f"template bank {file}: no such file.")
-        return {"seed": self.seed, "bank": [sha256_of(file) for file in files]}
+        return {"seed": self.seed, "bank": [sha256_of(file) for file in files], "sampling": SAMPLING_VERSION}
 
 
 def render_options(*, seed: int, language: str | None, bank: Path | None, extend_bank: Path | None) -> RenderOptions:
@@ -111,7 +112,8 @@ class DocumentMaker:
         except UnicodeEncodeError as error:
             return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
         document = rendering.document
-        spans = [(span.start, span.end, ROLE_CODES[span.role]) for span in document.spans]
+        codes = [_ROLES[role] for role in document.roles]
+        spans = list(zip((0, *document.ends[:-1]), document.ends, codes, strict=True))
         return Document(texts=(document.text,), spans=spans, rendering=rendering)
 
 

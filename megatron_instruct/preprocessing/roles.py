@@ -6,8 +6,9 @@ its first visible character, else, all white space, that of its first character.
 """
 
 import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,42 +29,66 @@ def token_roles(texts: Sequence[str], spans: Mapping[int, Spans], lengths: npt.N
     with each token, int64 [tokens].
     """
     codes = np.full(len(ends), CONTEXT, dtype=np.uint8)
-    first_tokens = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    for place, roles in spans.items():
-        tokens = slice(int(first_tokens[place]), int(first_tokens[place + 1]))
-        _fill(codes[tokens], texts[place], roles, ends[tokens])
+    of_texts = lengths[list(spans)]
+    if not of_texts.any():
+        return codes
+    have_roles = np.zeros(len(lengths), dtype=np.bool_)
+    have_roles[list(spans)] = True
+    tokens = slice(None) if have_roles.all() else np.repeat(have_roles, lengths)
+    laid = _laid_out(texts, spans)
+    shifts, token_ends = np.repeat(laid.texts, of_texts), ends[tokens]
+    token_starts = np.concatenate(([0], token_ends[:-1]))
+    token_starts[(np.cumsum(of_texts) - of_texts)[of_texts > 0]] = 0
+    token_starts, token_ends = token_starts + shifts, token_ends + shifts
+    first = np.searchsorted(token_starts, laid.starts)  # the first token that starts in each span or after it
+    found = np.repeat(laid.codes, np.diff(first, append=len(token_ends)))
+    before = first[1:] - 1
+    straddlers = np.unique(before[(before >= 0) & (token_ends[before] > laid.starts[1:])])
+    places = laid.starts.tolist() if len(straddlers) else []
+    for token, start, end in zip(straddlers.tolist(), token_starts[straddlers].tolist(), token_ends[straddlers].tolist(), strict=True):
+        found[token] = STRADDLES | _role_over(laid, start, end, places)
+    codes[tokens] = found
     return codes
 
 
-def _fill(codes: Codes, text: str, spans: Spans, ends: npt.NDArray[np.int64]) -> None:
-    """Set the codes of one text's tokens."""
-    if not len(ends):
-        return
-    byte_starts = _byte_starts(text, spans)
-    starts = np.concatenate(([0], ends[:-1]))
-    first = np.searchsorted(starts, byte_starts)  # the first token that starts in each span or after it
-    counts = np.diff(first, append=len(ends))
-    codes[:] = np.repeat(np.array([code for _, _, code in spans], dtype=np.uint8), counts)
-    before = first[1:] - 1
-    over = before[(before >= 0) & (ends[before] > byte_starts[1:])]
-    straddlers = np.unique(over).tolist()
-    if straddlers:
+class _LaidOut(NamedTuple):
+    """Texts one after another, a byte between two, so that what ends one text does not begin the next."""
+
+    content: bytes
+    texts: npt.NDArray[np.int64]
+    """The byte where each text starts."""
+    starts: npt.NDArray[np.int64]
+    """The byte where each span starts."""
+    codes: Codes
+    """Of the spans."""
+
+
+def _laid_out(texts: Sequence[str], spans: Mapping[int, Spans]) -> _LaidOut:
+    """Return the texts that have spans."""
+    contents: list[bytes] = []
+    text_starts: list[int] = []
+    starts: list[int] = []
+    position = 0
+    for place, roles in spans.items():
+        text = texts[place]
         content = text.encode()
-        places = byte_starts.tolist()
-        for token in straddlers:
-            codes[token] = STRADDLES | _role_over(content, int(starts[token]), int(ends[token]), places, spans)
+        contents.append(content)
+        text_starts.append(position)
+        if len(content) == len(text):
+            starts += [position + start for start, _, _ in roles]
+        else:
+            sizes = [len(text[start:end].encode()) for start, end, _ in roles]
+            starts += itertools.accumulate(sizes[:-1], initial=position)
+        position += len(content) + 1
+    codes = [code for roles in spans.values() for _, _, code in roles]
+    return _LaidOut(b"\n".join(contents), np.array(text_starts), np.array(starts), np.array(codes, dtype=np.uint8))
 
 
-def _byte_starts(text: str, spans: Spans) -> npt.NDArray[np.int64]:
-    if text.isascii():
-        return np.array([start for start, _, _ in spans], dtype=np.int64)
-    sizes = [len(text[start:end].encode()) for start, end, _ in spans]
-    return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
-
-
-def _role_over(content: bytes, start: int, end: int, byte_starts: Sequence[int], spans: Spans) -> int:
-    """Return the role of a token over bytes [start, end), which may begin or end inside a character."""
-    roles = [(spans[bisect.bisect_right(byte_starts, place) - 1][2], character) for place, character in _characters(content, start, end)]
+def _role_over(laid: _LaidOut, start: int, end: int, places: Sequence[int]) -> int:
+    """Return the role of a token over bytes [start, end), which may begin or end inside a character. places: starts of the spans."""
+    roles = [
+        (int(laid.codes[bisect.bisect_right(places, place) - 1]), character) for place, character in _characters(laid.content, start, end)
+    ]
     visible = [role for role, character in roles if not character.isspace()]
     if RESPONSE in visible:
         return RESPONSE

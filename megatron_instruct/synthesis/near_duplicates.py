@@ -13,10 +13,12 @@ import sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.records import InstructionPair, MShotExample, OneShotExample

@@ -7,8 +7,10 @@ requests are in a journal beside the folder. Does not know: other shards, the co
 import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.prompt_formats.parsing import Dropped, Parsed, parse_pairs, read_answer

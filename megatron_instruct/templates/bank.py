@@ -8,8 +8,9 @@ Does not know: examples, or how styles are put together into a document.
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ class Bank:
     none_of_these: frozenset[str]
     """Phrases that say that no option is right, as `comparable` makes them."""
     probabilities: Probabilities
+
+    def may_say_none_of_these(self, options: Sequence[str]) -> bool:
+        """Return False where no option is in `none_of_these`, for nearly all options and without comparing them one by one."""
+        joined = "\n".join(options)
+        joined = joined.casefold() if joined.isascii() else unicodedata.normalize("NFKC", joined).casefold()
+        return any(map(joined.__contains__, self._words_of_none))
+
+    @cached_property
+    def _words_of_none(self) -> tuple[str, ...]:
+        """Words such that each phrase of none_of_these has one of them in it."""
+        words = {max(phrase.split(), key=len, default="") for phrase in self.none_of_these}
+        return tuple(sorted(word for word in words if not any(other in word for other in words - {word})))
 
 
 def comparable(text: str) -> str:

@@ -1,8 +1,9 @@
 """A pair made ready for a template: its options shuffled and labelled, its answer turned into a label; or the reason why it cannot be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Set
 from functools import lru_cache
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from megatron_instruct.records import InstructionPair, PairKind
 from megatron_instruct.templates.bank import comparable
@@ -11,55 +12,46 @@ from megatron_instruct.templates.numbering import numerals
 from megatron_instruct.templates.slots import parse
 
 
-class ReadyPair(NamedTuple):
-    """What the slots of templates are filled with. A tuple, since one is made for each pair."""
+class ReadyPair(Struct, frozen=True, gc=False):
+    """What the slots of templates are filled with, by the names of the slots."""
 
+    question: str
+    options: str
+    """Header and labelled options, or nothing."""
+    answer: str
+    """With options, the label of the right one, or its text where labels do not tell options apart."""
+    rationale: str
+    """Or nothing."""
     kind: PairKind
-    slots: Mapping[str, str]
-    """question; options: header and labelled options, or nothing; answer: with options, the label of the right one, or its text where
-    labels do not tell options apart; rationale, or nothing."""
-    reasoned: bool
-    """There is a rationale."""
+    """What the pair holds, so that nothing is lost whatever kind it claims to be."""
 
     @property
     def asked(self) -> str:
         """The question with its options."""
-        question, options = self.slots["question"], self.slots["options"]
-        return f"{question}\n{options}" if options else question
+        return f"{self.question}\n{self.options}" if self.options else self.question
 
 
-def make_ready(pair: InstructionPair, draws: Draws, number: int, place: int) -> ReadyPair | str:
-    """Return the pair ready for templates, or the reason why it must be set aside.
-
-    number, place: of the one-shot example, and of the pair in it; the choice that shuffles its options is named after them.
-    """
-    rationale, kind = pair.rationale.strip() if pair.rationale is not None else "", pair.kind
+def make_ready(pair: InstructionPair, draws: Draws, number: int) -> ReadyPair | str:
+    """Return the pair ready for templates, or the reason why it must be set aside. number: of the pair in its example, from 0."""
+    rationale, kind = pair.rationale, pair.kind
+    rationale = rationale.strip() if rationale is not None else ""
     if not rationale and kind in ("chain_of_thought", "options_chain_of_thought"):
         return "rationale missing"
-    question, answer, options = pair.question.strip(), pair.answer.strip(), ""
-    if pair.options or kind in ("options", "options_chain_of_thought"):
-        choices = _choices(pair, draws)
-        if isinstance(choices, str):
-            return choices
-        options, answer = _labelled(*choices, draws=draws, order_name=f"option_order/{number}/{place}")
-    return ReadyPair(
-        _KINDS[bool(options), bool(rationale)],
-        {"question": question, "options": options, "answer": answer, "rationale": rationale},
-        bool(rationale),
-    )
+    if not pair.options and kind not in ("options", "options_chain_of_thought"):
+        return ReadyPair(pair.question.strip(), "", pair.answer.strip(), rationale, "chain_of_thought" if rationale else "free_form")
+    choices = _choices(pair, draws)
+    if isinstance(choices, str):
+        return choices
+    options, answer = _labelled(choices, draws, number)
+    return ReadyPair(pair.question.strip(), options, answer, rationale, "options_chain_of_thought" if rationale else "options")
 
 
-_KINDS: dict[tuple[bool, bool], PairKind] = {
-    (False, False): "free_form",
-    (False, True): "chain_of_thought",
-    (True, False): "options",
-    (True, True): "options_chain_of_thought",
-}
-"""By what the pair holds, (options, rationale), so that neither is lost whatever kind it claims to be."""
+type _Choices = tuple[list[str], int, int]
+"""The options, the place of the right one, and how many to shuffle (a last "none of these" keeps its place)."""
 
 
-def _choices(pair: InstructionPair, draws: Draws) -> tuple[list[str], int, int] | str:
-    """Return the options, the place of the right one, and how many to shuffle (a last "none of these" keeps its place)."""
+def _choices(pair: InstructionPair, draws: Draws) -> _Choices | str:
+    """Return the choices of a pair with options, or why there are none."""
     options = [option.strip() for option in pair.options]
     if not options:
         return "options missing"
@@ -67,7 +59,15 @@ def _choices(pair: InstructionPair, draws: Draws) -> tuple[list[str], int, int] 
         return "empty option"
     if len(set(options)) < len(options):
         return "repeated option"
-    answer, plain_answer, none_of_these = pair.answer.strip(), comparable(pair.answer), draws.none_of_these
+    answer = pair.answer.strip()
+    if answer in options and not draws.bank.may_say_none_of_these(options):
+        return options, options.index(answer), len(options)
+    return _compared_choices(options, answer, draws.bank.none_of_these)
+
+
+def _compared_choices(options: list[str], answer: str, none_of_these: Set[str]) -> _Choices | str:
+    """Do it where the answer repeats no option exactly, or one may say that none is right."""
+    plain_answer = comparable(answer)
     compared = [comparable(option) for option in options]
     shuffled = len(options)
     if plain_answer in none_of_these or not none_of_these.isdisjoint(compared):
@@ -89,20 +89,21 @@ def _choices(pair: InstructionPair, draws: Draws) -> tuple[list[str], int, int] 
     return options, compared.index(plain_answer), shuffled
 
 
-def _labelled(options: Sequence[str], right: int, shuffled: int, *, draws: Draws, order_name: str) -> tuple[str, str]:
+def _labelled(choices: _Choices, draws: Draws, number: int) -> tuple[str, str]:
     """Return the block of options and the answer."""
-    order = draws.order(order_name, shuffled)
-    order += range(shuffled, len(options))
-    style = draws.style("option_labels")
-    numbering = style["numbering"].text
-    labels = _labels(style["label"].source, numbering, len(options))
-    lines = [label + options[place] for label, place in zip(labels, order, strict=True)]
-    numeral = numerals(numbering, len(options))[order.index(right)]
-    block = draws.text("option_headers") + draws.text("option_ends").join(lines)
-    return block, style["answer"].fill({"n": numeral, "option": options[right]})
+    options, right, shuffled = choices
+    order = draws.order(number, shuffled)
+    if shuffled < len(options):
+        order = (*order, *range(shuffled, len(options)))
+    style = draws["option_labels"]
+    block, labels = _block(style["label"].source, style["numbering"].text, draws.text("option_ends"), len(options))
+    lines = block % (draws.text("option_headers"), *[options[place] for place in order])
+    return lines, style["answer"].fill({"n": labels[order.index(right)], "option": options[right]})
 
 
 @lru_cache(maxsize=4096)
-def _labels(label: str, numbering: str, count: int) -> tuple[str, ...]:
-    template = parse(label)
-    return tuple(template.fill({"n": numeral}) for numeral in numerals(numbering, count))
+def _block(label: str, numbering: str, end: str, count: int) -> tuple[str, tuple[str, ...]]:
+    """Return a block of options, with "%s" for the header and for each option, and the numerals in their labels."""
+    template, found = parse(label), numerals(numbering, count)
+    labels = [template.fill({"n": numeral}).replace("%", "%%") for numeral in found]
+    return "%s" + end.replace("%", "%%").join(f"{label}%s" for label in labels), found

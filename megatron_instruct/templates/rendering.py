@@ -7,12 +7,15 @@ before the text ("inverted"). Roles: context is the raw text, instruction all th
 should write, glue what holds the parts together. Does not know: files, tokens.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from megatron_instruct.records import AugmentedText, InstructionPair, MShotExample, OneShotExample, Span
+from msgspec import Struct
+from msgspec.structs import replace
+
+from megatron_instruct.records import AugmentedText, InstructionPair, MShotExample, Role
 from megatron_instruct.templates.bank import Bank
 from megatron_instruct.templates.draws import Draws
 from megatron_instruct.templates.numbering import numerals
@@ -23,8 +26,7 @@ type Pieces = list[str]
 """A text and its role, a text and its role, and so on: one flat list, since dozens of pieces make a document."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SetAside:
+class SetAside(Struct, frozen=True, kw_only=True):
     """A pair that is not in the document, and why."""
 
     reason: str
@@ -32,8 +34,7 @@ class SetAside:
     pair: InstructionPair
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendering:
+class Rendering(Struct, frozen=True, kw_only=True):
     """A document and what was left out of it. Pairs of the example = pairs + the number of set_aside."""
 
     document: AugmentedText
@@ -49,20 +50,16 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
     """Render one example. The result depends on the three arguments alone."""
     draws = Draws(bank, Choices(seed, example.id))
     set_aside: list[SetAside] = []
-    shots = [(shot.text, _ready_pairs(shot, number, draws, set_aside)) for number, shot in enumerate(example.shots)]
+    shots = _ready_shots(example, draws, set_aside)
     counts = [len(pairs) for _, pairs in shots if pairs]
     layout = draws.layout(min(counts)) if counts else "raw"
     inverted = bool(counts) and draws.inverted()
-    explained = any(pair.reasoned for _, pairs in shots for pair in pairs)
-    pieces: Pieces = []
-    for text, pairs in shots:
-        if pieces:
-            pieces += (draws.text("shot_separators"), "glue")
-        pieces += _one_shot(text, pairs, layout, inverted, explained, draws) if pairs else [text, "context"]
-    document, spans = _put_together(pieces)
+    explained = layout == "few_shot" and any(pair.rationale for _, pairs in shots for pair in pairs)
+    family = "few_shot_explained" if explained else layout
+    document, ends, roles = _put_together(_pieces(shots, family, inverted, draws))
     provenance = {
         "raw_texts": [shot.id for shot in example.shots],
-        "synthesis": _distinct(pair.provenance for shot in example.shots for pair in shot.pairs),
+        "synthesis": _distinct([pair.provenance for shot in example.shots for pair in shot.pairs]),
         "seed": seed,
         "bank": {"language": bank.language, "version": bank.version, "sha256": bank.fingerprint},
         "layout": layout,
@@ -70,7 +67,7 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
         "drawn": draws.drawn,
     }
     return Rendering(
-        document=AugmentedText(id=example.id, text=document, spans=spans, provenance=provenance),
+        document=AugmentedText(id=example.id, text=document, ends=ends, roles=roles, provenance=provenance),
         layout=layout,
         inverted=inverted,
         pairs=sum(counts),
@@ -78,40 +75,56 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
     )
 
 
-def _ready_pairs(shot: OneShotExample, number: int, draws: Draws, set_aside: list[SetAside]) -> list[ReadyPair]:
-    """Return the pairs that templates can take, and append the others to `set_aside`."""
-    pairs: list[ReadyPair] = []
-    for place, pair in enumerate(shot.pairs):
-        ready = make_ready(pair, draws, number, place)
-        if isinstance(ready, str):
-            set_aside.append(SetAside(reason=ready, raw_text_id=shot.id, pair=pair))
+def _ready_shots(example: MShotExample, draws: Draws, set_aside: list[SetAside]) -> list[tuple[str, list[ReadyPair]]]:
+    """Return each raw text with the pairs that templates can take, and append the others to `set_aside`."""
+    shots: list[tuple[str, list[ReadyPair]]] = []
+    first = 0
+    for shot in example.shots:
+        pairs: list[ReadyPair] = []
+        for number, pair in enumerate(shot.pairs, first):
+            ready = make_ready(pair, draws, number)
+            if isinstance(ready, str):
+                set_aside.append(SetAside(reason=ready, raw_text_id=shot.id, pair=pair))
+            else:
+                pairs.append(ready)
+        first += len(shot.pairs)
+        shots.append((shot.text, pairs))
+    return shots
+
+
+def _pieces(shots: Sequence[tuple[str, Sequence[ReadyPair]]], family: str, inverted: bool, draws: Draws) -> Pieces:
+    """Return the raw texts and their pairs, in the order of the layout."""
+    before = between = shot_separator = ""
+    if family != "raw":
+        between = draws.text("text_separators")
+        if inverted:
+            between += draws.text("inversions") if draws.has_reading_prefix() else ""
         else:
-            pairs.append(ready)
-    return pairs
-
-
-def _one_shot(text: str, pairs: Sequence[ReadyPair], layout: str, inverted: bool, explained: bool, draws: Draws) -> Pieces:
-    """Return a raw text and its pairs, in the order of the layout."""
-    family = "few_shot_explained" if layout == "few_shot" and explained else layout
-    pair_pieces = _LAYOUTS[family](pairs, draws)
-    separator = draws.text("text_separators")
-    if inverted:
-        opening = draws.text("inversions") if draws.has_reading_prefix() else ""
-        return [*pair_pieces, separator + opening, "glue", text, "context"]
-    prefix = draws.text("reading_prefixes") if draws.has_reading_prefix() else ""
-    bridge = draws.text("bridges") if layout == "classic" and draws.has_bridge() else ""
-    return [prefix, "glue", text, "context", separator + bridge, "glue", *pair_pieces]
+            before = draws.text("reading_prefixes") if draws.has_reading_prefix() else ""
+            between += draws.text("bridges") if family == "classic" and draws.has_bridge() else ""
+    if len(shots) > 1:
+        shot_separator = draws.text("shot_separators")
+    pieces: Pieces = []
+    for text, pairs in shots:
+        if not pairs:
+            pieces += (text, "context")
+        elif inverted:
+            pieces += _LAYOUTS[family](pairs, draws)
+            pieces += (between, "glue", text, "context")
+        else:
+            pieces += (before, "glue", text, "context", between, "glue")
+            pieces += _LAYOUTS[family](pairs, draws)
+        pieces += (shot_separator, "glue")
+    return pieces[:-2]
 
 
 def _classic(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     pieces: Pieces = []
-    separator = draws.text("pair_separators") if len(pairs) > 1 else ""
+    separator = draws.text("pair_separators")
     for pair in pairs:
-        style = draws.style(pair.kind)
-        if pieces:
-            pieces += (separator, "glue")
-        pieces += (style["ask"].fill(pair.slots), "instruction", style["reply"].fill(pair.slots), "response")
-    return pieces
+        style = draws[pair.kind]
+        pieces += (style["ask"].of(pair), "instruction", style["reply"].of(pair), "response", separator, "glue")
+    return pieces[:-2]
 
 
 def _dialogue(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
@@ -120,32 +133,29 @@ def _dialogue(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
 
 
 def _numbered(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
-    style, numbers = draws.style("numbered_questions"), draws.style("question_numbers")
-    names = [{"n": numeral} for numeral in numerals(numbers["numbering"].text, len(pairs))]
+    style, numbers = draws["numbered_questions"], draws["question_numbers"]
+    separator = draws.text("pair_separators")
     questions: Pieces = []
     answers: Pieces = []
-    for pair, numeral in zip(pairs, names, strict=True):
-        _next(questions, draws)
-        questions += (numbers["question"].fill(numeral) + pair.asked, "instruction")
-        _next(answers, draws)
-        answers += (numbers["answer"].fill(numeral), "instruction", _response(pair, draws), "response")
-    heading, answer_heading = style["open"].text, style["close"].text
-    return [heading, "instruction", *questions, draws.text("text_separators"), "glue", answer_heading, "instruction", *answers]
+    for pair, numeral in zip(pairs, numerals(numbers["numbering"].text, len(pairs)), strict=True):
+        slots = {"n": numeral}
+        questions += (numbers["question"].fill(slots) + pair.asked, "instruction", separator, "glue")
+        answers += (numbers["answer"].fill(slots), "instruction", _response(pair, draws), "response", separator, "glue")
+    questions[-2:] = (draws.text("text_separators"), "glue")
+    return [style["open"].text, "instruction", *questions, style["close"].text, "instruction", *answers[:-2]]
 
 
 def _few_shot(pairs: Sequence[ReadyPair], draws: Draws, *, family: str = "few_shot") -> Pieces:
-    style = draws.style(family)
-    pieces: Pieces = []
-    for place, pair in enumerate(pairs):
-        if place == len(pairs) - 1:
-            _next(pieces, draws)
+    style = draws[family]
+    separator = draws.text("pair_separators")
+    pieces: Pieces = [style["open"].text, "instruction"]
+    for pair in pairs:
+        if pair is pairs[-1]:
             pieces += (style["close"].text, "instruction")
-        elif place:
-            _next(pieces, draws)
-        reply = style["reply"] if pair.reasoned or family == "few_shot" else style["plain_reply"]
-        slots = {**pair.slots, "question": pair.asked}
-        pieces += (style["ask"].fill(slots), "instruction", reply.fill(slots), "response")
-    return [style["open"].text, "instruction", *pieces]
+        reply = style["reply"] if pair.rationale or family == "few_shot" else style["plain_reply"]
+        asked = replace(pair, question=pair.asked)
+        pieces += (style["ask"].of(asked), "instruction", reply.of(asked), "response", separator, "glue")
+    return pieces[:-2]
 
 
 def _few_shot_explained(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
@@ -155,14 +165,14 @@ def _few_shot_explained(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
 def _next_turn(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = _speakers(draws)
     names = {"asker": asker, "answerer": answerer}
-    style, last = draws.style("next_turn"), pairs[-1]
+    style, last, separator = draws["next_turn"], pairs[-1], draws.text("pair_separators")
     history = _turns(pairs[:-1], draws)
-    _next(history, draws)
     return [
         *(style["open"].fill(names), "instruction"),
         *history,
+        *((separator, "glue") if history else ()),
         *(draws.filled("turns", name=asker) + last.asked, "instruction"),
-        *(draws.text("pair_separators"), "glue"),
+        *(separator, "glue"),
         *(style["close"].fill(names), "instruction"),
         *(style["reply"].fill({"answer": _response(last, draws)}), "response"),
     ]
@@ -180,50 +190,33 @@ _LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], Pieces]] = {
 
 def _turns(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = (draws.filled("turns", name=name) for name in _speakers(draws))
+    separator = draws.text("pair_separators")
     pieces: Pieces = []
     for pair in pairs:
-        _next(pieces, draws)
-        pieces += (asker + pair.asked, "instruction", draws.text("pair_separators"), "glue")
-        pieces += (answerer, "instruction", _response(pair, draws), "response")
-    return pieces
+        pieces += (asker + pair.asked, "instruction", separator, "glue", answerer, "instruction", _response(pair, draws), "response")
+        pieces += (separator, "glue")
+    return pieces[:-2]
 
 
 def _speakers(draws: Draws) -> tuple[str, str]:
-    style = draws.style("speakers")
+    style = draws["speakers"]
     return style["asker"].text, style["answerer"].text
 
 
 def _response(pair: ReadyPair, draws: Draws) -> str:
     """Return the whole response: the answer alone, or the rationale and the answer as the pair's kind words them."""
-    return draws.style(pair.kind)["reply"].fill(pair.slots) if pair.reasoned else pair.slots["answer"]
+    return draws[pair.kind]["reply"].of(pair) if pair.rationale else pair.answer
 
 
-def _next(pieces: Pieces, draws: Draws) -> None:
-    """Separate what comes next from the pairs that are there already."""
-    if pieces:
-        pieces += (draws.text("pair_separators"), "glue")
-
-
-def _put_together(pieces: Pieces) -> tuple[str, tuple[Span, ...]]:
-    """Join the pieces; neighbours of one role make one span."""
-    texts = pieces[::2]
-    starts: list[int] = []
-    roles: list[str] = []
-    position = 0
-    current = None
-    for text, role in zip(texts, pieces[1::2], strict=True):
-        if role != current and text:
-            starts.append(position)
-            roles.append(role)
-            current = role
-        position += len(text)
-    assert current is not None, "an example has at least one raw text, which is not empty"
-    spans = map(_SPAN, zip(starts, [*starts[1:], position], roles, strict=True))
-    return "".join(texts), tuple(spans)
-
-
-_SPAN = partial(tuple.__new__, Span)
-"""Makes a Span of its three fields: dozens a document."""
+def _put_together(pieces: Pieces) -> tuple[str, tuple[int, ...], tuple[Role, ...]]:
+    """Join the pieces; return the text, and where each run of pieces of one role ends."""
+    texts, roles = pieces[::2], cast(list[Role], pieces[1::2])
+    if "" in texts:
+        roles = list(itertools.compress(roles, texts))
+        texts = list(filter(None, texts))
+    is_last = [*map(operator.ne, roles, roles[1:]), True]
+    ends = itertools.accumulate(map(len, texts))
+    return "".join(texts), tuple(itertools.compress(ends, is_last)), tuple(itertools.compress(roles, is_last))
 
 
 def _distinct(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.config import RenderConfig
 from megatron_instruct.templates.rendering import Rendering, render
+from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
 
 STAGE = "render"
@@ -37,6 +38,7 @@ def run(config: RenderConfig) -> Manifest:
     inputs = records(files)
     check_stage_outputs(files, inputs)
     settings = {"seed": config.seed, "bank": bank.fingerprint, "language": bank.language, "on_error": config.on_error}
+    settings["sampling"] = SAMPLING_VERSION
     place = config.output_dir / MANIFEST
     manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)
     if manifest is not None:

@@ -13,7 +13,7 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.prompt_formats.escaping import Escaping
 from megatron_instruct.prompt_formats.parsing import Dropped, parse_pairs, write_pairs, written_question
 from megatron_instruct.prompt_formats.prompt_format import PromptFormat, fill
-from megatron_instruct.records import AugmentedText, InstructionPair, Role, Span
+from megatron_instruct.records import AugmentedText, InstructionPair, Role
 from megatron_instruct.tokenizer import Tokenizer
 from megatron_instruct.tuning.rows import TaskRow
 
@@ -106,21 +106,22 @@ class DocumentWriter:
 
     def _document(self, row: TaskRow, context: str, pairs: Sequence[InstructionPair]) -> AugmentedText:
         layout, written = self._format.pair, ""
-        spans: list[Span] = []
+        ends: list[int] = []
+        roles: list[Role] = []
 
         def add(text: str, role: Role) -> None:
             nonlocal written
-            spans.append(Span(len(written), len(written) + len(text), role))
             written += text
+            ends.append(len(written))
+            roles.append(role)
 
         add(fill(self._format.text, text=context), "context")
         for number, pair in enumerate(pairs):
             question, whole = written_question(pair, layout), write_pairs([pair], layout)
             add((layout.between if number else "") + question, "instruction")
             add(whole[len(question) :], "response")
-        return AugmentedText(
-            id=row.id, text=written, spans=tuple(spans), provenance={"data_set": row.data_set, "prompt_format": self._format.name}
-        )
+        provenance = {"data_set": row.data_set, "prompt_format": self._format.name}
+        return AugmentedText(id=row.id, text=written, ends=tuple(ends), roles=tuple(roles), provenance=provenance)
 
     def _tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(text)) + _AROUND

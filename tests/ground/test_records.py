@@ -78,8 +78,8 @@ def test_a_value_that_is_no_record_is_refused_with_its_place(read: Callable[...,
 
 
 def test_an_augmented_text_is_one_line_with_its_spans() -> None:
-    spans = (Span(start=0, end=2, role="context"), Span(start=2, end=5, role="response"))
-    text = AugmentedText(id="1", text="ab\ncd", spans=spans, provenance={"raw_texts": ["1"]})
+    text = AugmentedText(id="1", text="ab\ncd", ends=(2, 5), roles=("context", "response"), provenance={"raw_texts": ["1"]})
+    assert text.spans == (Span(start=0, end=2, role="context"), Span(start=2, end=5, role="response"))
     assert through_json(text.to_json(), ascii_only=False) == {
         "id": "1",
         "text": "ab\ncd",

@@ -1,10 +1,10 @@
 """Filters: each keeps what is good, and drops what is bad for its own reason."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from megatron_instruct.errors import ConfigError, InputError
@@ -100,7 +100,7 @@ def test_longer_ngrams_ground_only_what_stands_together() -> None:
 def test_of_a_chain_of_thought_the_steps_are_grounded_and_not_the_result() -> None:
     steps = InstructionPair(question="How long?", answer="60 years", rationale="The navy of the 1940s.", kind="chain_of_thought")
     assert reasons(steps, filters=("grounding",)) == []
-    assert reasons(dataclasses.replace(steps, rationale="Elephants live long lives."), filters=("grounding",)) != []
+    assert reasons(msgspec.structs.replace(steps, rationale="Elephants live long lives."), filters=("grounding",)) != []
 
 
 def test_none_of_the_options_may_be_right() -> None:

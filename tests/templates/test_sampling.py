@@ -39,9 +39,9 @@ def drawn() -> dict[str, list[Hashable]]:
         columns["inverted"].append(draws.inverted())
         columns["prefix"].append(draws.has_reading_prefix())
         columns["bridge"].append(draws.has_bridge())
-        columns["order"].append(tuple(draws.order("option_order/0/0", 4)))
+        columns["order"].append(tuple(draws.order(0, 4)))
         for family, styles in BANK.families.items():
-            draws.style(family)
+            assert draws[family] in styles
             columns[family].append(draws.drawn[family] * min(len(styles), 10) // len(styles))
     return columns
 
@@ -74,8 +74,19 @@ def test_orders_of_options_are_uniform_and_differ_from_pair_to_pair(drawn: dict[
     orders = Counter(drawn["order"])
     assert len(orders) == math.factorial(4)
     assert chi_square_is_usual(list(orders.values()), [EXAMPLES / 24] * 24, 23)
-    first, second = ([tuple(Choices(7, str(number)).order(f"option_order/0/{pair}", 3)) for number in range(EXAMPLES)] for pair in (0, 1))
-    assert independent(first, second)
+    for one, other, count in ((0, 1, 3), (15, 16, 3), (16, 17, 3)):  # from one output, from two, from one of their own each
+        first, second = ([tuple(Choices(7, str(number)).order(pair, count)) for number in range(EXAMPLES)] for pair in (one, other))
+        assert independent(first, second)
+
+
+@pytest.mark.parametrize(("pair", "count"), [(3, 6), (99, 6), (3, 7)])
+def test_orders_of_many_options_and_of_late_pairs_are_uniform(pair: int, count: int) -> None:
+    orders = [Choices(5, str(number)).order(pair, count) for number in range(EXAMPLES)]
+    assert all(sorted(order) == list(range(count)) for order in orders[:100])
+    for place in (0, count - 1):
+        seen = Counter(order[place] for order in orders)
+        assert chi_square_is_usual([seen[option] for option in range(count)], [EXAMPLES / count] * count, count - 1)
+    assert independent([order[0] for order in orders], [order[1] > order[2] for order in orders])
 
 
 def test_all_choices_are_independent_of_each_other(drawn: dict[str, list[Hashable]]) -> None:
@@ -93,12 +104,15 @@ def test_inversion_comes_with_every_layout(drawn: dict[str, list[Hashable]]) -> 
 def test_seed_id_and_name_each_change_the_draw() -> None:
     draws = {
         (seed, example, name): Choices(seed, example).index(name, 10**9)
-        for seed, example, name in itertools.product((1, 2, 11, 12), ("1", "2", "12", "21", "\0", "é", "\udc80"), ("a", "b", "ab"))
+        for seed in (1, 2, 11, 12)
+        for example, name in itertools.product(("1", "2", "12", "21", "\0", "é", "\udc80"), ("bridges", "turns", "options"))
     }
     assert len(set(draws.values())) == len(draws)
-    assert Choices(1, "1").index("a", 10**9) == draws[1, "1", "a"], "and nothing else does"
+    assert Choices(1, "1").index("turns", 10**9) == draws[1, "1", "turns"], "and nothing else does"
+    orders = {tuple(Choices(seed, "1").order(pair, 25)) for seed, pair in itertools.product((1, 2, 11, 12), (0, 1, 11, 12))}
+    assert len(orders) == 16
 
 
 def test_a_layout_of_probability_zero_is_never_drawn() -> None:
     weights = {"one": 0.1, "two": 0.2, "three": 0.7 - 1e-12, "never": 0.0}
-    assert set(Counter(Choices(1, str(number)).weighted("x", weights) for number in range(5000))) == {"one", "two", "three"}
+    assert set(Counter(Choices(1, str(number)).weighted("layout", weights) for number in range(5000))) == {"one", "two", "three"}
