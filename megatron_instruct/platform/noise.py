@@ -14,6 +14,9 @@ _WARNINGS = (
     "torch.distributed is disabled, unavailable or uninitialized",  # each rank reads its own parts of a checkpoint, as meant
     "The argument order of load has been changed",  # megatron-core names its arguments
     "Could not determine rank",  # where there is one process
+    r"`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # Megatron-FSDP calls them (0.19.2, torch 2.13)
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",  # by megatron-core's zero_grad
+    "There are still pending all-gather tasks",  # what Megatron-FSDP gathered ahead of a step's end, in order (0.19.2)
     ".* is experimental and still under active development",  # of megatron-core's multimodal parts, not used here
 )
 _LOGGERS = (

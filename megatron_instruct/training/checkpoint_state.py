@@ -1,11 +1,11 @@
 """What a checkpoint of a run holds, and a run going on from it: weights, optimizer state, random streams.
 
-The optimizer's tensors are saved whole, under the names of their parameters, without what depends on the layout or on the kind of
-optimizer (its groups, its shards): any layout reads them, with or without the distributed optimizer. What is not saved is derived:
-the learning rate and the data from the iteration, the fp32 master weights of fp32 weights from these.
+The optimizer's tensors are saved whole, or as rows of what is whole, under the names of their parameters, without what depends on the
+layout or on the kind of optimizer (its groups, its shards): any layout reads them, with or without the distributed optimizer. What is
+not saved is derived: the learning rate and the data from the iteration, the fp32 master weights of fp32 weights from these.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_instruct.models.checkpoint import fill, model_state
 from megatron_instruct.models.random_streams import random_states, seed_random_streams, set_random_states
 from megatron_instruct.platform.device import Machine
-from megatron_instruct.training.optimizer import optimizer_parts, prepare_for_loading, restore_step
+from megatron_instruct.training.fully_sharded import allocate_moments, fully_sharded, shards_of, take
+from megatron_instruct.training.optimizer import optimizer_parts, prepare_for_loading, restore_step, torch_optimizers
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_STREAMS = "random_streams"
+_OF_STATE = "optimizer.state."
+"""Begin of the names of the optimizer's tensors; the kind follows, then the parameter."""
+_STREAMS, _SHARDS = "random_streams", "shards"
 
 
 def layout_facts() -> dict[str, int]:
@@ -39,6 +43,9 @@ def layout_facts() -> dict[str, int]:
 
 def state_of(chunks: Sequence[GPTModel], optimizer: Any) -> dict[str, Any]:
     """Return the sharded state of this rank, to be saved. Collective: the distributed optimizer gathers its shards."""
+    if sharded := fully_sharded(optimizer_parts(optimizer)):
+        shards = shards_of(chunks, sharded, list(torch_optimizers(optimizer)))
+        return {**shards.others, _SHARDS: shards.tensors, _STREAMS: _streams(random_states())}
     state = model_state(chunks)
     tree = optimizer.sharded_state_dict(state, metadata=_METADATA)
     for tensors, _ in _masters_of_fp32(optimizer, tree):
@@ -62,6 +69,36 @@ def load_state(
 
     updates: how often the optimizer has changed the weights. seed: of the random streams where the layout is another one.
     """
+    if fully_sharded(optimizer_parts(optimizer)):
+        loaded = _load_shards(path, chunks, optimizer, same_layout=same_layout)
+    else:
+        loaded = _load_whole(path, chunks, optimizer, machine=machine, updates=updates, same_layout=same_layout)
+    restore_step(optimizer, updates, machine)
+    if same_layout:
+        set_random_states(loaded[_STREAMS])
+    else:
+        seed_random_streams(seed)
+
+
+def _load_shards(path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, same_layout: bool) -> dict[str, Any]:
+    """Fill what Megatron-FSDP shards, and return all that was read."""
+    parts = optimizer_parts(optimizer)
+    sharded = fully_sharded(parts)
+    allocate_moments(parts)
+    shards = shards_of(chunks, sharded, list(torch_optimizers(optimizer)))
+    _name_as_saved(path, shards.tensors.values())
+    state = {**shards.others, _SHARDS: shards.tensors, **({_STREAMS: _streams(None)} if same_layout else {})}
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+    for chunk, part in zip(chunks, shards.others, strict=True):
+        chunk.load_state_dict(loaded[part], strict=False)
+    take(shards, loaded[_SHARDS], sharded)
+    return loaded
+
+
+def _load_whole(
+    path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, machine: Machine, updates: int, same_layout: bool
+) -> dict[str, Any]:
+    """Fill weights and optimizer, and return all that was read."""
     prepare_for_loading(optimizer, machine)
     state = model_state(chunks)
     tree = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
@@ -69,10 +106,11 @@ def load_state(
     for tensors, _ in masters:
         del tensors["param"]
     wanted = {_name(place): (place, tensor) for place, tensor in _sharded(tree)}
+    _name_as_saved(path, (tensor for _, tensor in wanted.values()))
     state["optimizer"] = {name: tensor for name, (_, tensor) in wanted.items()}
     if same_layout:
         state[_STREAMS] = _streams(None)
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
     fill(chunks, loaded)
     for name, (place, _) in wanted.items():
         _put(tree, place, loaded["optimizer"][name])
@@ -80,11 +118,17 @@ def load_state(
         tensors["param"] = parameter.detach()
     _count_updates(optimizer, tree, updates)
     optimizer.load_state_dict(dict_list_map_inplace(_own, tree))
-    restore_step(optimizer, updates, machine)
-    if same_layout:
-        set_random_states(loaded[_STREAMS])
-    else:
-        seed_random_streams(seed)
+    return loaded
+
+
+def _name_as_saved(path: Path, tensors: Iterable[ShardedTensor | ShardedTensorFactory]) -> None:
+    """Name fp32 master weights as the checkpoint does: the plain and the distributed optimizer call them differently (0.19.2)."""
+    saved = {name.split(".")[2] for name in FileSystemReader(str(path)).read_metadata().state_dict_metadata if name.startswith(_OF_STATE)}
+    for tensor in tensors:
+        for mine, other in (("param", "fp32_param"), ("fp32_param", "param")):
+            if tensor.key.startswith(f"{_OF_STATE}{mine}.") and mine not in saved and other in saved:
+                tensor.key = tensor.key.replace(f"{_OF_STATE}{mine}.", f"{_OF_STATE}{other}.", 1)
+                break
 
 
 def uses_random_streams(chunks: Sequence[GPTModel]) -> bool:

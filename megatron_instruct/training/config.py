@@ -52,7 +52,19 @@ class PretrainConfig:
                 "optimizer=muon does not go with use_distributed_optimizer=True, which cuts matrices into pieces, and Muon needs them "
                 "whole; drop use_distributed_optimizer, or divide the model by tensor or pipeline parallelism to save memory."
             )
+        if self.parallel.use_megatron_fsdp:
+            self._check_fully_sharded()
         assert self.phases or not self.data.phases, "phases are checked before anything else starts"
+
+    def _check_fully_sharded(self) -> None:
+        refused = {
+            "optimizer=muon": (self.optimizer.is_muon, "Muon needs matrices whole; use adam"),
+            "fp16=True": (self.precision.fp16, "its scale of the loss is not tried with shards; use bf16"),
+            "fp8_emulation=True": (self.fp8.fp8_emulation, "what it remembers of weights is not tried with shards; drop either"),
+        }
+        for setting, (given, remedy) in refused.items():
+            if given:
+                raise ConfigError(f"use_megatron_fsdp=True does not go with {setting}: {remedy}.")
 
     @property
     def phases(self) -> tuple[PlacedPhase, ...]:

@@ -123,7 +123,7 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
         micro_batch_size=config.batch.micro_batch_size,
         precision=precision,
         recompute=config.parallel.recompute_granularity,
-        distributed_optimizer=config.parallel.use_distributed_optimizer,
+        distributed_optimizer=config.parallel.shards_optimizer,
         overlap=config.parallel.overlap_grad_reduce,
         vocab_divisor=config.model.make_vocab_size_divisible_by,
     )
@@ -131,4 +131,7 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
     tokens = config.batch.train_iters * estimate.tokens_per_step
     missing = [] if estimate.fits else [f"It does not fit: {estimate.missing_bytes / GIB:,.1f} GiB are missing on the fullest GPU."]
     muon = ["Muon keeps one moment of the matrices inside layers; the estimate counts AdamW's two."] if config.optimizer.is_muon else []
-    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *muon, *missing]
+    sharded = (
+        ["Megatron-FSDP may shard more: the estimate counts whole weights and gradients."] if config.parallel.use_megatron_fsdp else []
+    )
+    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *muon, *sharded, *missing]

@@ -57,9 +57,10 @@ class Faults:
                 hooks.callback(model.register_forward_pre_hook(self._count(number)).remove)
                 for name, module in model.named_modules():
                     hooks.callback(module.register_forward_hook(self._look_at_output(number, name)).remove)
-                for name, parameter in model.named_parameters():
+                for name, shown in model.named_parameters():
+                    parameter = getattr(shown, "orig_param", shown)  # Megatron-FSDP shows its shards between steps
                     if parameter.requires_grad:
-                        handle = parameter.register_hook(self._look_at_gradient(number, name))  # type: ignore[no-untyped-call]
+                        handle = parameter.register_hook(self._look_at_gradient(number, name))
                         hooks.callback(handle.remove)
             yield
 
@@ -73,7 +74,7 @@ class Faults:
     def _weight(self) -> Fault | None:
         for number, model in enumerate(self._models):
             for name, parameter in model.named_parameters():
-                if not _finite(parameter):
+                if not _finite(getattr(parameter, "_local_tensor", parameter)):  # a rank looks at its own shard
                     return self._fault(_WEIGHT, number, name, "the weight", microbatch=0)
         return None
 

@@ -1,5 +1,8 @@
 """What the model is built with, and whether this machine and megatron-core can: said before processes meet and a GPU is taken."""
 
+import os
+from collections.abc import Mapping
+
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.build import BuildOptions, make_transformer_config
@@ -7,6 +10,7 @@ from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform.device import Machine, compute_capability
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.fp8 import check_fp8, fp8_emulation, fp8_fields
+from megatron_instruct.training.settings.parallel import ParallelOptions
 
 
 def build_options(config: PretrainConfig) -> BuildOptions:
@@ -24,8 +28,15 @@ def build_options(config: PretrainConfig) -> BuildOptions:
     )
 
 
+def check_connections(options: ParallelOptions, environment: Mapping[str, str], *, is_cuda: bool) -> None:
+    """Raise ConfigError where the environment lets a GPU do one thing at a time, and Megatron-FSDP gathers while it computes."""
+    if options.use_megatron_fsdp and is_cuda and environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise ConfigError("use_megatron_fsdp=True does not go with CUDA_DEVICE_MAX_CONNECTIONS=1; unset it, or set it to 8.")
+
+
 def check_machine(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout, machine: Machine) -> None:
     """Raise ConfigError for what this machine cannot compute, and for settings that megatron-core itself refuses."""
+    check_connections(config.parallel, os.environ, is_cuda=machine.is_cuda)
     tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
     check_fp8(config.fp8, architecture, layout, tokens=tokens, capability=compute_capability(machine))
     try:

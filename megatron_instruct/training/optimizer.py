@@ -19,15 +19,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_instruct.platform.device import Machine
+from megatron_instruct.training.fully_sharded import wrap_fully_sharded
 from megatron_instruct.training.settings.batch import BatchOptions
 from megatron_instruct.training.settings.optimizer import OptimizerOptions
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.settings.precision import PrecisionOptions
 
 
-def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> list[DistributedDataParallel]:
-    """Wrap a rank's model chunks for gradient reduction over the data-parallel ranks."""
+def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> list[Any]:
+    """Wrap a rank's model chunks for gradient reduction over the data-parallel ranks, or shard them over these."""
     config = chunks[0].config
+    modules = [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else list(chunks)
+    config.finalize_model_grads_func = finalize_model_grads
+    if options.use_megatron_fsdp:
+        sharded = wrap_fully_sharded(modules, options)
+        if sharded[0].ddp_config.overlap_grad_reduce:  # otherwise gradients are reduced once, after the last microbatch
+            config.no_sync_func = sharded[0].no_sync
+        return sharded
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
@@ -35,12 +43,10 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], options: ParallelOptions) -> 
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the step looks at the loss, the optimizer at the norm
     )
-    modules = [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else list(chunks)
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
         for number, module in enumerate(modules)
     ]
-    config.finalize_model_grads_func = finalize_model_grads
     if options.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
@@ -77,8 +83,8 @@ def make_optimizer(
             min_loss_scale=scaling.min_loss_scale,
             loss_scale_window=scaling.loss_scale_window,
             hysteresis=scaling.hysteresis,
-            use_distributed_optimizer=options.use_distributed_optimizer,
-            overlap_param_gather=options.overlap_param_gather,
+            use_distributed_optimizer=options.use_distributed_optimizer or options.use_megatron_fsdp,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
         list(chunks),
         config_overrides=_weight_decay(batch) if batch.no_weight_decay_on_embeddings else None,
@@ -86,7 +92,7 @@ def make_optimizer(
     config.grad_scale_func = optimizer.scale_loss
     if config.fp16:
         _allocate(optimizer, machine)
-    if not machine.is_cuda:
+    if not machine.is_cuda and not options.use_megatron_fsdp:
         for inner in _adams(optimizer):
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False  # torch's one-pass CPU kernel; megatron-core builds the plain one

@@ -56,6 +56,11 @@ def check_model_settings(config: PretrainConfig, architecture: Architecture) -> 
         raise ConfigError(
             f"{', '.join(given)}: the family {architecture.family} has no experts; drop what is about them, or train a mixture of experts."
         )
+    if config.parallel.use_megatron_fsdp and architecture.num_experts is not None:
+        raise ConfigError(
+            f"use_megatron_fsdp=True does not go with the experts of the family {architecture.family}: their checkpoints would be of one "
+            "layout; divide them by expert_model_parallel_size, and use_distributed_optimizer=True."
+        )
 
 
 def plan_batches(config: PretrainConfig, layout: ParallelLayout) -> BatchPlan:

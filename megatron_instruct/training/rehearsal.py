@@ -98,7 +98,8 @@ def _arm(fault: Rehearsed, models: Sequence[torch.nn.Module], hooks: contextlib.
                 hooks.callback(module.register_forward_pre_hook(lambda *_: time.sleep(float(fault.value))).remove)
         for name, parameter in model.named_parameters():
             if fault.kind == "nan-gradient" and name == fault.value:
-                handle = parameter.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+                whole = getattr(parameter, "orig_param", parameter)  # Megatron-FSDP shows its shards between steps
+                handle = whole.register_hook(lambda gradient: gradient * float("nan"))
                 hooks.callback(handle.remove)
             if fault.kind == "nan-weight" and name == fault.value and attempt == 1:
                 parameter.detach().view(-1)[0] = float("nan")

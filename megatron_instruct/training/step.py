@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_instruct.errors import TrainingError
 from megatron_instruct.training.documents import COMPONENT, Batch, as_one_sequence, forbidden_attention
+from megatron_instruct.training.fully_sharded import gradients
 from megatron_instruct.training.optimizer import optimizer_parts
 
 _MOST_OVERFLOWS_IN_A_ROW = 50
@@ -79,8 +80,14 @@ def gradient_is_finite(chunks: Sequence[DistributedDataParallel], optimizer: Meg
     """Say whether this rank's gradients have a finite norm. Where the loss is scaled (fp16) the optimizer looks itself, and goes on."""
     if any(getattr(part, "grad_scaler", None) is not None for part in optimizer_parts(optimizer)):
         return True
-    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    return all(bool(torch.linalg.vector_norm(buffer.grad_data).isfinite()) for buffer in buffers)
+    return all(bool(torch.linalg.vector_norm(gradient).isfinite()) for chunk in chunks for gradient in _gradients(chunk))
+
+
+def _gradients(chunk: Any) -> Iterator[torch.Tensor]:
+    if isinstance(chunk, FullyShardedDataParallel):
+        yield from gradients(chunk)
+    else:
+        yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 
 
 def update(optimizer: MegatronOptimizer, loss: float) -> StepResult:

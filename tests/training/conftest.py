@@ -115,6 +115,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, flags: Callable[..., list[str
 TENSOR, PIPELINE = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 CONTEXT = ("--context-parallel-size", 2)
 SHARDED = ("--use-distributed-optimizer",)
+FULLY_SHARDED = ("--use-megatron-fsdp",)
+STRATEGY = (*FULLY_SHARDED, "--data-parallel-sharding-strategy")
 OVERLAPPED = (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather")
 INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1)
 SEQUENCE = (*TENSOR, "--sequence-parallel")
@@ -141,11 +143,14 @@ TWO: dict[str, tuple[object, ...]] = {
     "pipeline": PIPELINE,
     "data": (),
     "distributed optimizer": SHARDED,
+    "fully sharded": FULLY_SHARDED,
 }
 TWO_KINDS: dict[str, tuple[object, ...]] = {"muon tensor": (*TENSOR, *MUON), "window context": (*CONTEXT, *WINDOW)}
 TWO_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again distributed optimizer": ("distributed optimizer", SHARDED),
     "distributed optimizer to tensor": ("distributed optimizer", TENSOR),
+    "again fully sharded": ("fully sharded", FULLY_SHARDED),
+    "fully sharded to tensor": ("fully sharded", TENSOR),
     "muon tensor to pipeline": ("muon tensor", (*PIPELINE, *MUON)),
 }
 
@@ -167,6 +172,10 @@ MORE: dict[str, tuple[object, ...]] = {
     "uneven stages": (*PIPELINE, "--decoder-last-pipeline-num-layers", 1),
     "pipeline recompute": (*PIPELINE, "--recompute-granularity", "full"),
     "data micro batch 1": ("--micro-batch-size", 1),
+    **{f"sharded by {strategy}": (*STRATEGY, strategy) for strategy in ("no_shard", "optim", "optim_grads")},
+    "fully sharded context": (*FULLY_SHARDED, *CONTEXT),
+    "fully sharded sequence": (*FULLY_SHARDED, *SEQUENCE),
+    "fully sharded recompute": (*FULLY_SHARDED, "--recompute-granularity", "full"),
 }
 MORE_GROWING: dict[str, tuple[object, ...]] = {"pipeline growing": (*PIPELINE, *GROWING), "data growing": (*SHARDED, *GROWING)}
 MORE_WITHIN: dict[str, tuple[object, ...]] = {
@@ -178,6 +187,7 @@ MORE_RESUMED: dict[str, tuple[str, tuple[object, ...]]] = {
     "again interleaved": ("interleaved", INTERLEAVED),
     "again context": ("context", CONTEXT),
     "again sequence parallel": ("sequence parallel", SEQUENCE),
+    **{f"again {name}": (name, MORE[name]) for name in MORE if "sharded by" in name or name == "fully sharded sequence"},
     "again data growing": ("data growing", MORE_GROWING["data growing"]),
 }
 
@@ -229,6 +239,8 @@ def more(runs: Runs, one: dict[str, Path], blend: tuple[object, ...]) -> dict[st
         "interleaved to data": ("interleaved", SHARDED),
         "one to interleaved": (one["reference"], INTERLEAVED),
         "one to tensor": (one["reference"], TENSOR),
+        "one to fully sharded": (one["reference"], FULLY_SHARDED),
+        "sharded optimizer to fully sharded": ("sharded by optim", FULLY_SHARDED),
     }
     return runs(2, {**MORE, **MORE_GROWING, **MORE_WITHIN, "blend": (*TENSOR, *blend)}, {**MORE_RESUMED, **elsewhere})
 

@@ -15,6 +15,7 @@ from .conftest import PRETRAIN, preprocess
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Flags = Callable[..., list[str]]
+FSDP = "--use-megatron-fsdp"
 
 
 def start(words: list[str]) -> None:
@@ -75,6 +76,12 @@ def start(words: list[str]) -> None:
         (["--overlap-param-gather"], 1, r"needs use_distributed_optimizer=True"),
         (["--optimizer", "muon", "--use-distributed-optimizer"], 2, r"optimizer=muon does not go with use_distributed_optimizer=True"),
         (["--optimizer", "muon", "--fp16"], 1, r"optimizer=muon does not go with fp16=True.*use bf16"),
+        (["--data-parallel-sharding-strategy", "optim"], 2, r"data_parallel_sharding_strategy=optim goes with use_megatron_fsdp=True"),
+        ([FSDP, "--pipeline-model-parallel-size", 2], 2, r"does not go with pipeline_model_parallel_size=2.*use_distributed_optimizer"),
+        ([FSDP, "--optimizer", "muon"], 2, r"use_megatron_fsdp=True does not go with optimizer=muon.*use adam"),
+        ([FSDP, "--fp16"], 2, r"use_megatron_fsdp=True does not go with fp16=True.*use bf16"),
+        ([FSDP, "--fp8-format", "hybrid", "--fp8-emulation"], 2, r"use_megatron_fsdp=True does not go with fp8_emulation=True"),
+        ([FSDP, "--preset", "tiny-experts"], 2, r"use_megatron_fsdp=True does not go with the experts of the family mixtral"),
         (["--sliding-window", 16], 1, r"sliding_window=16 is not possible in the family llama.*mistral, qwen2"),
         (["--transformer-config", "hidden_dropout", "lots"], 1, r"hidden_dropout='lots' must be a number"),
         (["--transformer-config", "num_moe_experts", 3], 1, r"'num_moe_experts' is decided by the model and layout settings"),
@@ -94,6 +101,17 @@ def test_a_setting_that_breaks_a_rule(
     with pytest.raises(ConfigError, match=message):
         start(flags(tmp_path / "save", *more))
     assert not (tmp_path / "save").exists()
+
+
+def test_gathering_beside_one_connection_to_the_gpu_is_refused() -> None:
+    from megatron_instruct.training.machine_checks import check_connections
+    from megatron_instruct.training.settings.parallel import ParallelOptions
+
+    options = ParallelOptions(use_megatron_fsdp=True)
+    with pytest.raises(ConfigError, match=r"does not go with CUDA_DEVICE_MAX_CONNECTIONS=1; unset it"):
+        check_connections(options, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, is_cuda=True)
+    check_connections(options, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, is_cuda=True)
+    check_connections(ParallelOptions(), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, is_cuda=True)
 
 
 def test_data_that_is_missing(flags: Flags, tmp_path: Path) -> None:

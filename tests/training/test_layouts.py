@@ -10,6 +10,7 @@ from megatron_instruct.models.architecture import Architecture
 from .conftest import (
     CONTEXT,
     FIRST_STEP_IDLE,
+    FULLY_SHARDED,
     INTERLEAVED,
     ITERATIONS,
     MORE,
@@ -41,6 +42,7 @@ FOUR_MORE = {
     "tensor overlapped": (*SEQUENCE, *OVERLAPPED),
     "interleaved distributed optimizer": (*INTERLEAVED, *SHARDED),
     "tensor distributed optimizer": (*TENSOR, *SHARDED),
+    "fully sharded tensor": (*FULLY_SHARDED, *TENSOR),
     "tensor context": (*SEQUENCE, *CONTEXT),
     "pipeline context distributed optimizer": (*PIPELINE, *CONTEXT, *SHARDED),
 }
@@ -117,7 +119,10 @@ def test_four_processes_equal_one(name: str, one: dict[str, Path], four: dict[st
 def test_four_processes_laid_out_in_rarer_ways_equal_one_and_a_run_of_two_goes_on_in_four(
     runs: Runs, one: dict[str, Path], two: dict[str, Path]
 ) -> None:
-    resumed = {"two to four": (two["distributed optimizer"], (*TENSOR, *PIPELINE, *SHARDED))}
+    resumed: dict[str, tuple[Path | str, tuple[object, ...]]] = {
+        "two to four": (two["distributed optimizer"], (*TENSOR, *PIPELINE, *SHARDED)),
+        "fully sharded two to four": (two["fully sharded"], FULLY_SHARDED),
+    }
     for folder in runs(4, FOUR_MORE, resumed).values():
         assert_equal_runs(folder, one["reference"], tolerance=1e-5)
 
@@ -172,9 +177,24 @@ def test_resumed_in_two_processes_laid_out_in_rarer_ways(name: str, more: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one to tensor", "one to interleaved", "interleaved to data"])
+@pytest.mark.parametrize(
+    "name",
+    ["one to tensor", "one to interleaved", "interleaved to data", "one to fully sharded", "sharded optimizer to fully sharded"],
+)
 def test_a_run_goes_on_in_another_layout(name: str, one: dict[str, Path], more: dict[str, Path]) -> None:
     assert_equal_runs(more[name], one["reference"], tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_goes_on_from_the_master_weights_of_every_kind_of_optimizer(runs: Runs) -> None:
+    kinds = {"plain": ("--bf16",), "distributed": ("--bf16", *SHARDED), "fully sharded": ("--bf16", *FULLY_SHARDED)}
+    pairs = [(source, other) for source in kinds for other in kinds if source != other]
+    folders = runs(2, kinds, {f"{source} to {other}": (source, kinds[other]) for source, other in pairs})
+    for source, other in pairs:
+        found, wanted = read_metrics(folders[f"{source} to {other}"]).training, read_metrics(folders[source]).training
+        assert [row[0] for row in found] == list(range(1, ITERATIONS + 1))
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine[1] == pytest.approx(theirs[1], abs=1e-3), f"{source} to {other}"
 
 
 def test_initial_weights_are_the_same_in_every_layout(one: dict[str, Path], four: dict[str, Path]) -> None:

@@ -14,6 +14,8 @@ _SIZES = (
     "expert_tensor_parallel_size",
 )
 
+ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_params"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
@@ -40,7 +42,11 @@ class ParallelOptions:
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the forward pass already runs; needs use_distributed_optimizer."""
+    """Gather updated parameters while the forward pass already runs; needs use_distributed_optimizer or use_megatron_fsdp."""
+    use_megatron_fsdp: bool = False
+    """Shard parameters, gradients and the optimizer's state over the data-parallel ranks by Megatron-FSDP."""
+    data_parallel_sharding_strategy: ShardingStrategy | None = None
+    """With use_megatron_fsdp, what is sharded: nothing, the optimizer's state, gradients too, or parameters too (default)."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them: none, those inside attention, or whole layers."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -68,7 +74,32 @@ class ParallelOptions:
                 raise ConfigError(f"{name}={getattr(self, name)} goes with recompute_granularity=full; set it or drop {name}.")
         if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
             raise ConfigError(f"recompute_num_layers={self.recompute_num_layers} must be at least 1.")
-        if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ConfigError("overlap_param_gather=True needs use_distributed_optimizer=True; set it or drop overlap_param_gather.")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer or self.use_megatron_fsdp):
+            raise ConfigError(
+                "overlap_param_gather=True needs use_distributed_optimizer=True or use_megatron_fsdp=True; set one, or drop "
+                "overlap_param_gather."
+            )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ConfigError("overlap_param_gather=True needs overlap_grad_reduce=True; set it or drop overlap_param_gather.")
+        self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        strategy = self.data_parallel_sharding_strategy
+        if strategy is not None and not self.use_megatron_fsdp:
+            raise ConfigError(f"data_parallel_sharding_strategy={strategy} goes with use_megatron_fsdp=True; set it, or drop the strategy.")
+        if self.use_megatron_fsdp and self.pipeline_model_parallel_size > 1:
+            raise ConfigError(
+                f"use_megatron_fsdp=True does not go with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: megatron-core "
+                "0.19.2 lays its shards out over data, context and tensor ranks alone; use use_distributed_optimizer=True instead, or "
+                "divide the model by tensor parallelism."
+            )
+
+    @property
+    def sharding_strategy(self) -> ShardingStrategy | None:
+        """What Megatron-FSDP shards; None without it."""
+        return (self.data_parallel_sharding_strategy or "optim_grads_params") if self.use_megatron_fsdp else None
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether the optimizer's state is divided over the data-parallel ranks."""
+        return self.sharding_strategy != "no_shard" if self.use_megatron_fsdp else self.use_distributed_optimizer
