@@ -58,8 +58,8 @@ def check_model_settings(config: PretrainConfig, architecture: Architecture) -> 
         )
     if config.parallel.use_megatron_fsdp and architecture.num_experts is not None:
         raise ConfigError(
-            f"use_megatron_fsdp=True does not go with the experts of the family {architecture.family}: their checkpoints would be of one "
-            "layout; divide them by expert_model_parallel_size, and use_distributed_optimizer=True."
+            f"use_megatron_fsdp=True does not go with the experts of the family {architecture.family}, whose shards are not tried; divide "
+            "them by expert_model_parallel_size, and the optimizer's state by use_distributed_optimizer=True."
         )
 
 
