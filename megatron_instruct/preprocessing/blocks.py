@@ -5,6 +5,7 @@ that hold nothing but plain or rendered documents are read by msgspec; what it r
 at a time, which say what is wrong or accept it. So a line's fate depends on the line alone. Does not know: tokens.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,12 +108,10 @@ class BlockReader:
             rows = list(map(self._decode, lines))
         except _NOT_DECODED:
             return None
-        columns = tuple([getattr(row, name) for row in rows] for name in self._names)
+        columns = tuple(list(map(operator.attrgetter(name), rows)) for name in self._names)
         for column in columns:
             if not all(column) or any(map(str.isspace, column)):
                 return None
-        if any(row.spans is not UNSET or row.shots is not UNSET for row in rows):
-            return None
         return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
 
     def _line_by_line(self, lines: Iterable[bytes], path: Path, first: int) -> Block:
@@ -190,7 +189,7 @@ def _row_decoder(names: Mapping[str, str]) -> Callable[[bytes], Any] | None:
     if {"spans", "shots"} & set(names.values()):
         return None
     fields: list[Any] = [(name, str) for name in names]
-    fields += [(mark, msgspec.Raw | msgspec.UnsetType, UNSET) for mark in ("spans", "shots")]  # these say that it may be no plain one
+    fields += [(mark, msgspec.UnsetType, UNSET) for mark in ("spans", "shots")]  # what has these may be no plain one, and is refused
     return msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=dict(names), gc=False)).decode
 
 
