@@ -12,13 +12,17 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_instruct.conversion import proof, torch_dist
 from megatron_instruct.conversion.checksums import check_manifest
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
+from megatron_instruct.conversion.read_back import Comparisons
 from megatron_instruct.conversion.target import require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_folder
@@ -126,17 +130,22 @@ def _write(config: ConvertConfig, source: Source, digests: Digests, settings: di
 
 def _write_state(checkpoint: torch_dist.Checkpoint, path: Path, *, read_back: bool) -> Written:
     """Write every tensor, one box in memory at a time, in the order in which the source's files hold them, and what is no tensor."""
-    different: list[str] = []
     boxes = [box for name, stored in checkpoint.tensors.items() for box in boxes_of(name, stored)]
-    with torch_dist.Writer(path) as writer:
+    with torch_dist.Writer(path) as writer, Comparisons() as comparisons:
         for key in checkpoint.objects:
             writer.object_as_stored(key, checkpoint.bytes_of(key))
         for box in sorted(boxes, key=checkpoint.position):
             value = checkpoint.read(box)
             writer.tensor(box, value)
-            if read_back and not proof.same_bits(value, writer.read_back(box)):
-                different.append(box.key)
-    return Written(different=different, records=writer.records)
+            if read_back:
+                comparisons.start(partial(_different, writer, box, value))
+            del value
+    return Written(different=comparisons.different, records=writer.records)
+
+
+def _different(writer: torch_dist.Writer, box: torch_dist.Piece, value: torch.Tensor) -> list[str]:
+    """Read a box from the file again; return its tensor's name where it does not come back bit for bit."""
+    return [] if proof.same_bits(value, writer.read_back(box)) else [box.key]
 
 
 def _prove(source: torch_dist.Checkpoint, written: Written, path: Path) -> list[proof.Check]:

@@ -5,6 +5,7 @@ folder) and manifest.json. transformers, vLLM and lm-eval load it as it is.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
+from megatron_instruct.conversion.read_back import Comparisons
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
 from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
 from megatron_instruct.files import atomic_folder, read_json, write_json
@@ -110,19 +112,24 @@ def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str, read_ba
     """
     architecture = reader.source.architecture
     shapes = {name: shape for weight in reader.weights for name, shape in zip(weight.huggingface, weight.shapes, strict=True)}
-    different: list[str] = []
-    with Writer(folder, shapes, TORCH_DTYPES[reader.source.dtype], max_shard_size=max_shard_size) as writer:
+    with (
+        Writer(folder, shapes, TORCH_DTYPES[reader.source.dtype], max_shard_size=max_shard_size) as writer,
+        Comparisons() as comparisons,
+    ):
         for weight in reader.in_order():
             whole = reader.rounded(weight)
             for name, part in zip(weight.huggingface, split(weight, whole, architecture), strict=True):
                 writer.write(name, part)
             if read_back:
-                parts = [writer.read_back(name) for name in weight.huggingface]
-                if not _come_back(weight, parts, whole, architecture):
-                    different.append(weight.megatron)
-                del parts
+                comparisons.start(partial(_different, writer, weight, whole, architecture))
             del whole, part
-    return Written(different=different, records=writer.records)
+    return Written(different=comparisons.different, records=writer.records)
+
+
+def _different(writer: Writer, weight: Weight, whole: torch.Tensor, architecture: Architecture) -> list[str]:
+    """Read a parameter from the files again and turn it round; return its name where it does not come back bit for bit."""
+    parts = [writer.read_back(name) for name in weight.huggingface]
+    return [] if _come_back(weight, parts, whole, architecture) else [weight.megatron]
 
 
 def _come_back(weight: Weight, parts: list[torch.Tensor], whole: torch.Tensor, architecture: Architecture) -> bool:

@@ -5,6 +5,7 @@ source for the way back), SAVE/latest_checkpointed_iteration.txt, written last.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
+from megatron_instruct.conversion.read_back import Comparisons
 from megatron_instruct.conversion.weights import Weight, join, split
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
+from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
 from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import token_ids_of
@@ -67,27 +70,34 @@ def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan, *, re
 
     read_back: whether to read each one from the file again, turn it round, and compare it with the source's.
     """
-    different: list[str] = []
-    with torch_dist.Writer(path) as writer:
+    with torch_dist.Writer(path) as writer, Comparisons() as comparisons:
         common = common_state(source.architecture, dtype=source.dtype, iteration=0)
         for key, value in {**plan.objects, megatron_side.COMMON: [common]}.items():
             writer.object(key, value)
         for weight in source.weights:
             parts = [source.tensor(name) for name in weight.huggingface]
-            pieces = _pieces(source, plan, weight, parts)
-            for piece, part in pieces:
+            for piece, part in _pieces(source, plan, weight, parts):
                 writer.tensor(piece, part)
-            written = [piece for piece, _ in pieces]
-            del pieces
-            if not read_back:
-                continue
-            boxes = [writer.read_back(piece).reshape(size) for piece, size in zip(written, plan.sizes[weight.megatron], strict=True)]
-            if tuple(tuple(box.shape) for box in boxes) != weight.shapes:
-                boxes = split(weight, torch.cat(boxes) if len(boxes) > 1 else boxes[0], source.architecture)
-            compared = zip(weight.huggingface, parts, boxes, strict=True)
-            different += [name for name, part, box in compared if not proof.same_bits(part, box)]
-            del parts, boxes, compared
-    return Written(different=different, records=writer.records)
+            if read_back:
+                comparisons.start(partial(_different, writer, weight, parts, plan, source.architecture))
+            del parts, part
+    return Written(different=comparisons.different, records=writer.records)
+
+
+def _different(
+    writer: torch_dist.Writer,
+    weight: Weight,
+    parts: list[torch.Tensor],
+    plan: megatron_side.CheckpointPlan,
+    architecture: Architecture,
+) -> list[str]:
+    """Read a parameter from the file again and turn it round; return the names of the tensors that do not come back bit for bit."""
+    pieces, sizes = plan.pieces[weight.megatron], plan.sizes[weight.megatron]
+    boxes = [writer.read_back(piece).reshape(size) for piece, size in zip(pieces, sizes, strict=True)]
+    if tuple(tuple(box.shape) for box in boxes) != weight.shapes:
+        boxes = split(weight, torch.cat(boxes) if len(boxes) > 1 else boxes[0], architecture)
+    compared = zip(weight.huggingface, parts, boxes, strict=True)
+    return [name for name, part, box in compared if not proof.same_bits(part, box)]
 
 
 def _pieces(
