@@ -12,11 +12,11 @@ import torch
 
 from megatron_instruct.conversion import megatron_side, proof, torch_dist
 from megatron_instruct.conversion.checksums import check_known
+from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
-from megatron_instruct.conversion.read_back import Comparisons
 from megatron_instruct.conversion.weights import Weight, join, split
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
