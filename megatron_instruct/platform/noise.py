@@ -24,6 +24,9 @@ _LOGGERS = (
     "megatron.core.dist_checkpointing.strategies.torch",  # "async save is deprecated" from its own synchronous save (0.19.2)
 )
 
+_SAID_BY_US = ("megatron.core.dist_checkpointing.strategies.filesystem_async",)
+"""Loggers whose errors are raised, too, and end in a message of ours."""
+
 
 def silence() -> None:
     """Drop these messages in this process."""
@@ -31,3 +34,5 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in _SAID_BY_US:
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -258,9 +258,10 @@ def _on_first_rank(action: Callable[[], None]) -> None:
 
 
 def _not_written(path: Path, error: BaseException) -> TrainingError:
+    free = shutil.disk_usage(path.parent).free / 1e9
     return TrainingError(
-        f"the checkpoint {path} could not be written ({str(error).splitlines()[-1]}); mend this (is the disk full?) and run the same "
-        "command again: it goes on from the last checkpoint."
+        f"the checkpoint {path} could not be written ({str(error).splitlines()[-1]}; its disk has {free:.2f} GB free); mend this (is the "
+        "disk full?) and run the same command again: it goes on from the last checkpoint."
     )
 
 

@@ -150,7 +150,7 @@ def pair_about(entry: dict[str, str]) -> dict[str, str]:
 
 
 def test_training_weighs_the_roles_that_preprocessing_left(runs: Runs, with_roles: Path) -> None:
-    data = ("--data-path", with_roles, "--train-iters", 4, "--lr-decay-iters", 20)
+    data = ("--data-path", with_roles, "--train-iters", 4, "--lr-decay-iters", 20, "--micro-batch-size", 16, "--global-batch-size", 64)
     roles = ("context", "instruction", "response", "glue", "end_of_document")
     folders = runs(
         1,
