@@ -181,8 +181,9 @@ class Outputs:
     logits: torch.Tensor
     """[S, V], without the rows that pad the vocabulary."""
     layers_moved: list[float]
-    """After each layer: how far its largest change went when the input of every layer was rounded at random."""
+    """The largest change after each layer where the input of every layer is rounded at random."""
     logits_moved: float
+    """The largest change of the logits then."""
 
 
 def outputs_of(
@@ -196,10 +197,9 @@ def outputs_of(
     layers: list[torch.Tensor] = []
     moved: list[float] = []
 
-    def round_second(_module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_SBC = named["hidden_states"] if "hidden_states" in named else given[0]
-        hidden_SBC[:, 1] *= 1.0 + epsilon * torch.randn(hidden_SBC[:, 1].shape, generator=generator)
-        return given, named
+    def round_second(_module: Any, _given: Any, named: dict[str, Any]) -> None:
+        second_SC = named["hidden_states"][:, 1]
+        second_SC *= 1.0 + epsilon * torch.randn(second_SC.shape, generator=generator)
 
     def keep(_module: Any, _given: Any, output: Any) -> None:
         first_SC, second_SC = output[0].unbind(1)

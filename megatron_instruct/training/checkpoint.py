@@ -46,10 +46,6 @@ class _Pending:
     """Gives the folder its name when it is closed."""
     facts: dict[str, Any]
     since: float
-    written: bool = False
-    """Whether the files of all ranks are written."""
-    naming: "_Naming | None" = None
-    """Then, on the first rank: what gives the checkpoint its name while steps go on."""
 
 
 class Checkpoints:
@@ -127,14 +123,10 @@ class Checkpoints:
         if pending is None:
             return
         try:
-            if not pending.written:
-                if not pending.writing.finished(wait=wait):
-                    return
-                found, pending.written = pending.writing.records(), True
-                if self._first:
-                    pending.naming = _Naming(lambda: self._name(pending, found))
-            if not _named(pending.naming, wait=wait):
+            if not pending.writing.finished(wait=wait):
                 return
+            written = pending.writing.records()
+            _on_first_rank(lambda: self._name(pending, written))
         except (CheckpointException, OSError) as error:
             self._give_up(pending)
             raise _not_written(self._final(pending.iteration), error) from error
@@ -161,8 +153,6 @@ class Checkpoints:
 
     def _give_up(self, pending: _Pending) -> None:
         self._pending = None
-        if pending.naming is not None and pending.naming.succeeded():
-            return
         pending.writing.abandon()
         with contextlib.suppress(_Abandoned), pending.folder:
             raise _Abandoned
@@ -202,46 +192,6 @@ def resume(path: Path, chunks: Sequence[GPTModel], optimizer: Any, *, iteration:
         raise InputError(
             f"{path} cannot be read ({str(error).splitlines()[-1]}); start again with --verify-integrity, which finds what is damaged."
         ) from error
-
-
-class _Naming:
-    """Describing and naming a checkpoint, in a thread: a dozen waits for the disk, which no step needs to wait for."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-        self._error: OSError | MegatronInstructError | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._action()
-        except (OSError, MegatronInstructError) as error:
-            self._error = error
-
-    def ended(self, *, wait: bool) -> bool:
-        if wait:
-            self._thread.join()
-        return not self._thread.is_alive()
-
-    def succeeded(self) -> bool:
-        """Wait for it, and say whether the checkpoint has its name."""
-        self._thread.join()
-        return self._error is None
-
-    def result(self) -> None:
-        """Raise what went wrong."""
-        if self._error is not None:
-            raise self._error
-
-
-def _named(naming: _Naming | None, *, wait: bool) -> bool:
-    """Say on every rank whether the first one's naming has ended, or wait until it has; where it failed, every rank raises its error."""
-    ended: list[bool | None] = [naming.ended(wait=wait) if naming is not None else None]
-    torch.distributed.broadcast_object_list(ended, src=0)
-    if ended[0]:
-        _on_first_rank(lambda: naming.result() if naming is not None else None)
-    return bool(ended[0])
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:

@@ -20,12 +20,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_instruct.models.checkpoint import fill, model_state
 from megatron_instruct.models.random_streams import random_states, seed_random_streams, set_random_states
 from megatron_instruct.platform.device import Machine
-from megatron_instruct.training.fully_sharded import allocate_moments, fully_sharded, shards_of, take
+from megatron_instruct.training.fully_sharded import OPTIMIZER_STATE, allocate_moments, fully_sharded, shards_of, take
 from megatron_instruct.training.optimizer import optimizer_parts, prepare_for_loading, restore_step, torch_optimizers
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_OF_STATE = "optimizer.state."
-"""Begin of the names of the optimizer's tensors; the kind follows, then the parameter."""
 _STREAMS, _SHARDS = "random_streams", "shards"
 
 
@@ -123,11 +121,13 @@ def _load_whole(
 
 def _name_as_saved(path: Path, tensors: Iterable[ShardedTensor | ShardedTensorFactory]) -> None:
     """Name fp32 master weights as the checkpoint does: the plain and the distributed optimizer call them differently (0.19.2)."""
-    saved = {name.split(".")[2] for name in FileSystemReader(str(path)).read_metadata().state_dict_metadata if name.startswith(_OF_STATE)}
+    saved = {
+        name.split(".")[2] for name in FileSystemReader(str(path)).read_metadata().state_dict_metadata if name.startswith(OPTIMIZER_STATE)
+    }
     for tensor in tensors:
         for mine, other in (("param", "fp32_param"), ("fp32_param", "param")):
-            if tensor.key.startswith(f"{_OF_STATE}{mine}.") and mine not in saved and other in saved:
-                tensor.key = tensor.key.replace(f"{_OF_STATE}{mine}.", f"{_OF_STATE}{other}.", 1)
+            if tensor.key.startswith(f"{OPTIMIZER_STATE}{mine}.") and mine not in saved and other in saved:
+                tensor.key = tensor.key.replace(f"{OPTIMIZER_STATE}{mine}.", f"{OPTIMIZER_STATE}{other}.", 1)
                 break
 
 

@@ -22,6 +22,8 @@ from megatron_instruct.models.checkpoint import model_state
 from megatron_instruct.models.random_streams import random_states, set_random_states
 from megatron_instruct.training.settings.parallel import ParallelOptions
 
+OPTIMIZER_STATE = "optimizer.state."
+"""Begin of the names of the optimizer's tensors in a checkpoint; the kind follows, then the parameter."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -92,7 +94,7 @@ def shards_of(
                 continue
             for kind, rows in _kinds(shard, optimizers):
                 for number, tensor in enumerate(_rows_of(entry, shard, rows, divided=divided)):
-                    key = tensor.key if kind is None else f"optimizer.state.{kind}.{tensor.key}"
+                    key = tensor.key if kind is None else f"{OPTIMIZER_STATE}{kind}.{tensor.key}"
                     tensors[f"{part}/{name}/{kind}/{number}"] = dataclasses.replace(tensor, key=key)
     return Shards(tensors=tensors, others=others)
 
