@@ -18,6 +18,8 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -37,6 +39,7 @@ class StateWriting:
         filesystem_async._results_queue = _Mailbox()
         self._records = _Mailbox()
         self._queue = AsyncCallsQueue()
+        stand_alone(state)
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         if request.async_fn is not None:
             write = partial(_write, request.async_fn, self._records)
@@ -65,6 +68,19 @@ class StateWriting:
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()
+
+
+def stand_alone(state: dict[str, Any]) -> None:
+    """Give each tensor on the CPU a storage of its own, in place, over the same memory.
+
+    megatron-core 0.19.2 copies parts of larger storages, which all weights and moments are, before it writes or forks.
+    """
+    apply_factories(state)
+    for part in nested_values(state):
+        tensor = part.data if isinstance(part, ShardedTensor) else None
+        if tensor is not None and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
+            memory = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+            part.data = torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
 class _Mailbox:
