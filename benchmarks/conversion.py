@@ -5,6 +5,7 @@ A random bf16 model is written as a Hugging Face folder, tensor by tensor. Then,
 flushes; the way to Megatron; the way back, after which its files must have the SHA-256 that they began with. Before each, what it reads
 is dropped from the page cache, so that all read from the disk. Each is a process of its own, as a user starts it. Of the model there
 are never more than two copies on the disk. The time of converting a model of nothing is measured, too: it does not grow with the model.
+Memory is watched in one turn more, whose times do not count: looking at it takes processor time.
 
 --size takes several sizes; with two, the last line says what the larger one takes per byte against the smaller one. The last line is
 JSON with medians: seconds, their ratio to cp, peak memory (PSS: pages that processes share count once), and the bound on it, twice the
@@ -116,18 +117,20 @@ def copy(source: Path, target: Path) -> Run:
     return Run(time.perf_counter() - start, 0)
 
 
-def convert(source: Path, target: Path, *flags: str) -> Run:
-    """Convert in a process of its own."""
+def convert(source: Path, target: Path, *flags: str, watched: bool) -> Run:
+    """Convert in a process of its own. watched: whether to note its memory, besides the time."""
     command = [sys.executable, str(CONVERT), "--load", str(source), "--save", str(target), *flags]
     forget(source)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = [0]
-    watch = threading.Thread(target=watch_memory, args=(process, peak))
-    watch.start()
+    watch = threading.Thread(target=watch_memory, args=(process, peak)) if watched else None
+    if watch:
+        watch.start()
     said, _ = process.communicate()
     seconds = time.perf_counter() - start
-    watch.join()
+    if watch:
+        watch.join()
     if process.returncode:
         raise SystemExit(f"{said}{' '.join(command)} ended with status {process.returncode}")
     return Run(seconds, peak[0])
@@ -146,7 +149,7 @@ def watch_memory(process: "subprocess.Popen[str]", peak: list[int]) -> None:
                     lines = Path(f"/proc/{part.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
                     total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
             peak[0] = max(peak[0], total)
-            time.sleep(0.5)  # each look costs processor time, too
+            time.sleep(0.2)
 
 
 def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,12 +161,14 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             model = other.submit(write_model, work / "source", size, options.vocab_size).result()
             other.submit(write_model, work / "nothing", "tiny", 257).result()
         runs: dict[str, list[Run]] = {"cp": [], **{way: [] for way in WAYS}, "start_up": []}
-        for turn in range(options.turns):
-            runs["cp"].append(copy(work / "source", work / "copy"))
-            shutil.rmtree(work / "copy")
-            runs["to_megatron"].append(convert(work / "source", work / "megatron", *flags))
+        for turn in range(options.turns + 1):
+            watched = turn == options.turns
+            if not watched:
+                runs["cp"].append(copy(work / "source", work / "copy"))
+                shutil.rmtree(work / "copy")
+            runs["to_megatron"].append(convert(work / "source", work / "megatron", *flags, watched=watched))
             shutil.rmtree(work / "source")
-            runs["to_huggingface"].append(convert(work / "megatron", work / "source", *flags))
+            runs["to_huggingface"].append(convert(work / "megatron", work / "source", *flags, watched=watched))
             shutil.rmtree(work / "megatron")
             written = {
                 output["path"]: output["sha256"] for output in json.loads((work / "source" / "manifest.json").read_text())["outputs"]
@@ -171,11 +176,15 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             if not model.sha256.items() <= written.items():
                 raise SystemExit("the model did not come back byte for byte")
             (work / "source" / "manifest.json").unlink()
-            runs["start_up"].append(convert(work / "nothing", work / "little", *flags))
+            runs["start_up"].append(convert(work / "nothing", work / "little", *flags, watched=watched))
             shutil.rmtree(work / "little")
-            took = ", ".join(f"{name} {taken[-1].seconds:.2f} s {taken[-1].peak_bytes / 1e9:.2f} GB" for name, taken in runs.items())
-            print(f"{size}, turn {turn + 1}/{options.turns}: {took}", flush=True)
-    seconds = {name: statistics.median(run.seconds for run in taken) for name, taken in runs.items()}
+            took = ", ".join(
+                f"{name} {f'{taken[-1].peak_bytes / 1e9:.2f} GB' if watched else f'{taken[-1].seconds:.2f} s'}"
+                for name, taken in runs.items()
+                if len(taken) > turn
+            )
+            print(f"{size}, {'memory' if watched else f'turn {turn + 1}/{options.turns}'}: {took}", flush=True)
+    seconds = {name: statistics.median(run.seconds for run in taken[: options.turns]) for name, taken in runs.items()}
     return {
         "parameters": model.parameters,
         "gigabytes": round(2 * model.parameters / 1e9, 3),

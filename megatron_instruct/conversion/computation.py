@@ -18,7 +18,7 @@ from megatron_instruct.platform.device import Machine
 
 _BYTES_PER_PARAMETER = 7.0  # fp32 and what is stored beside it, were all of it in memory at once: what is much smaller is soon computed
 _RESERVE = 1.5e9  # bytes
-_SAMPLE_TOKENS = 128  # of the text that single layers are compared on, and whole models at least
+_SAMPLE_TOKENS = 64  # of the text that single layers are compared on, and whole models at least
 _WORK = 1.5e11  # parameters x tokens of a whole model: some ten seconds of two cores for both sides
 _EMBEDDING = "model.embed_tokens.weight"
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_instruct.conversion.mapped import forget_pages
 from megatron_instruct.conversion.safetensors_folder import read_tensor, stored_tensors
 from megatron_instruct.errors import InputError
 
@@ -104,8 +105,7 @@ def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, trust_remote_code=False)
-    tensors = {name: read_tensor(name, stored) for name, stored in stored_tensors(folder).items()}
-    layers, logits = _run(_load(config, tensors), input_ids=torch.tensor([ids]))
+    layers, logits = _run(_load(config, _weights(folder)), input_ids=torch.tensor([ids]))
     return layers, logits
 
 
@@ -121,11 +121,7 @@ def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -
         changes["max_window_layers"] = 0 if layer >= content["max_window_layers"] else 1
     kept = {name: value for name, value in content.items() if not name.endswith("_token_id")}
     prefix = f"model.layers.{layer}."
-    tensors = {
-        name.replace(prefix, "model.layers.0.", 1): read_tensor(name, stored)
-        for name, stored in stored_tensors(folder).items()
-        if name.startswith(prefix)
-    }
+    tensors = {name.replace(prefix, "model.layers.0.", 1): tensor for name, tensor in _weights(folder, prefix).items()}
     size = hidden_SC.shape[1]
     dtype = next(iter(tensors.values())).dtype
     tensors |= {"model.embed_tokens.weight": torch.zeros(_NO_VOCABULARY, size, dtype=dtype)}
@@ -137,6 +133,15 @@ def _layer_output(folder: Path, config_file: Path, layer: int, hidden_SC: Any) -
     return layers[0]
 
 
+def _weights(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the weights whose names begin so, without those that old folders hold and that follow from the configuration."""
+    return {
+        name: read_tensor(name, stored)
+        for name, stored in stored_tensors(folder).items()
+        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+    }
+
+
 def _load(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Let transformers load the tensors, which stay in their files; each module computes with copies of its own in fp32.
 
@@ -144,7 +149,6 @@ def _load(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """
     import transformers
 
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     types = {tensor.dtype for tensor in tensors.values()}
     model, loading = getattr(transformers, config.architectures[0]).from_pretrained(
         None,
@@ -176,6 +180,7 @@ def _compute_in_fp32(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch
 def _give_back(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
     for name, value in own.items():
         value.data = stored[name]
+    forget_pages()
 
 
 def _run(model: Any, **given: torch.Tensor) -> tuple[list[Any], Any]:

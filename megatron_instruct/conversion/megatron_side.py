@@ -29,6 +29,7 @@ from megatron_instruct.platform.device import Machine
 
 _NO_WEIGHT = ("optimizer.", "chained_")
 """Beginnings of names in a trained checkpoint that are no weights."""
+_BLOCK = 1 << 26  # bytes of a parameter that is put together: what is read of its file at once counts as memory as long as it is looked at
 COMMON = "common_state/shard_0_1"
 """Where megatron-core 0.19.2 keeps what is not of tensors."""
 
@@ -51,20 +52,27 @@ class CheckpointPlan:
         """
         pieces, sizes = self.pieces[parameter], self.sizes[parameter]
         if rows is not None:
-            whole = checkpoint.read(dataclasses.replace(pieces[0], sizes=(rows, *sizes[0][1:])))
-            return whole if dtype is None else whole.to(dtype)
-        dtype = dtype or checkpoint.tensors[pieces[0].key].dtype
-        if len(pieces) == 1:
-            return checkpoint.read(pieces[0]).reshape(sizes[0]).to(dtype)
-        result = torch.empty(sum(size[0] for size in sizes), *sizes[0][1:], dtype=dtype)
+            sizes = ((rows, *sizes[0][1:]),)
+            pieces = (dataclasses.replace(pieces[0], sizes=sizes[0]),)
+        stored = checkpoint.tensors[pieces[0].key].dtype
+        if len(pieces) == 1 and dtype in (None, stored):
+            return checkpoint.read(pieces[0]).reshape(sizes[0])
+        result = torch.empty(sum(size[0] for size in sizes), *sizes[0][1:], dtype=dtype or stored)
         for target, piece, size in zip(torch.split(result, [size[0] for size in sizes]), pieces, sizes, strict=True):
-            target.copy_(checkpoint.read(piece).reshape(size))
+            few = max(1, _BLOCK * size[0] // target.nbytes)
+            for block, part in zip(torch.split(target, few), _rows(piece, len(size), few), strict=True):
+                block.copy_(checkpoint.read(part).reshape(block.shape))
         return result
 
-    def cut(self, parameter: str, whole: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
-        """Return the boxes of a parameter with their values."""
-        parts = torch.split(whole, [size[0] for size in self.sizes[parameter]])
-        return list(zip(self.pieces[parameter], parts, strict=True))
+
+def _rows(piece: Piece, axes: int, few: int) -> Iterator[Piece]:
+    """Yield a few rows of a box at a time; axes: of the parameter, which are the box's last ones."""
+    axis = len(piece.sizes) - axes
+    for start in range(0, piece.sizes[axis], few):
+        offsets, sizes = list(piece.offsets), list(piece.sizes)
+        offsets[axis] += start
+        sizes[axis] = min(few, piece.sizes[axis] - start)
+        yield dataclasses.replace(piece, offsets=tuple(offsets), sizes=tuple(sizes))
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
         return False
     first, second = left.contiguous().view(-1), right.contiguous().view(-1)
     eight = 8 // left.element_size()
-    aligned = not any(flat.numel() % eight or flat.storage_offset() % eight for flat in (first, second))
+    aligned = not any(flat.numel() % eight or flat.storage_offset() % eight or flat.data_ptr() % 8 for flat in (first, second))
     integers = torch.int64 if aligned else {2: torch.int16, 4: torch.int32}[left.element_size()]
     return torch.equal(first.view(integers), second.view(integers))
 

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.mapped import map_tensor
 from megatron_instruct.conversion.target import refusals_named
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json, write_json
@@ -23,7 +24,8 @@ from megatron_instruct.manifest import FileRecord
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 """safetensors' names of the types of weights that are supported."""
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -93,10 +95,11 @@ def _positions(file: Path) -> dict[str, int]:
 
 
 def read_tensor(name: str, stored: StoredTensor) -> torch.Tensor:
-    """Read one tensor."""
-    with safetensors.safe_open(stored.file, framework="pt") as stream:
-        tensor: torch.Tensor = stream.get_tensor(name)
-    return tensor
+    """Return one tensor, which stays in its file (mapped.py)."""
+    try:
+        return map_tensor(stored.file, stored.position, stored.shape, _TYPES[stored.dtype])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{stored.file} cannot be read where {name} lies ({error}); copy it again.") from error
 
 
 def read_rows(name: str, stored: StoredTensor, rows: Sequence[int]) -> torch.Tensor:

@@ -22,7 +22,6 @@ from megatron_instruct.conversion.safetensors_folder import Writer, stored_tenso
 from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
 from megatron_instruct.files import atomic_folder, read_json, write_json
 from megatron_instruct.manifest import Manifest, records, write_manifest
-from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import token_ids_of, write_config
 from megatron_instruct.platform.device import Machine
@@ -96,9 +95,20 @@ class Reader:
         rows = self.source.architecture.vocab_size if name in vocabulary else None
         return self.plan.read(self.checkpoint, name, rows=rows, dtype=dtype)
 
-    def rounded(self, weight: Weight) -> torch.Tensor:
-        """Return a parameter in the type of the result."""
-        return rounded(self.parameter(weight.megatron), weight.megatron, self.source.dtype, remedy=_EXPORT_EARLIER)
+    def rounded(self, stored: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Return what is stored of a parameter in the type of the result."""
+        return rounded(stored, weight.megatron, self.source.dtype, remedy=_EXPORT_EARLIER)
+
+    def is_side_by_side(self, weight: Weight) -> bool:
+        """Whether the boxes of a parameter are the Hugging Face tensors as they are."""
+        return self.plan.sizes[weight.megatron] == weight.shapes
+
+    def parts(self, weight: Weight) -> list[torch.Tensor]:
+        """Return the Hugging Face tensors of a parameter, in the type of the result."""
+        if self.is_side_by_side(weight):
+            boxes = zip(self.plan.pieces[weight.megatron], weight.shapes, strict=True)
+            return [self.rounded(self.checkpoint.read(piece).reshape(shape), weight) for piece, shape in boxes]
+        return split(weight, self.rounded(self.parameter(weight.megatron), weight), self.source.architecture)
 
     def in_order(self) -> list[Weight]:
         """Return the weights in the order in which the checkpoint's files hold them."""
@@ -110,33 +120,31 @@ def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str, read_ba
 
     read_back: whether to read each one from its file again, turn it round, and compare it with the checkpoint's.
     """
-    architecture = reader.source.architecture
     shapes = {name: shape for weight in reader.weights for name, shape in zip(weight.huggingface, weight.shapes, strict=True)}
     with (
         Writer(folder, shapes, TORCH_DTYPES[reader.source.dtype], max_shard_size=max_shard_size) as writer,
         Comparisons() as comparisons,
     ):
         for weight in reader.in_order():
-            whole = reader.rounded(weight)
-            for name, part in zip(weight.huggingface, split(weight, whole, architecture), strict=True):
+            parts = reader.parts(weight)
+            for name, part in zip(weight.huggingface, parts, strict=True):
                 writer.write(name, part)
             if read_back:
-                comparisons.start(partial(_different, writer, weight, whole, architecture))
-            del whole, part
+                comparisons.start(partial(_different, writer, weight, reader, parts))
+            del parts, part
     return Written(different=comparisons.different, records=writer.records)
 
 
-def _different(writer: Writer, weight: Weight, whole: torch.Tensor, architecture: Architecture) -> list[str]:
+def _different(writer: Writer, weight: Weight, reader: Reader, parts: list[torch.Tensor]) -> list[str]:
     """Read a parameter from the files again and turn it round; return its name where it does not come back bit for bit."""
-    parts = [writer.read_back(name) for name in weight.huggingface]
-    return [] if _come_back(weight, parts, whole, architecture) else [weight.megatron]
-
-
-def _come_back(weight: Weight, parts: list[torch.Tensor], whole: torch.Tensor, architecture: Architecture) -> bool:
-    """Whether the tensors make the parameter, bit for bit. What lies one above the other is compared so: it may be large."""
-    if weight.kind == "stack":
-        return all(map(proof.same_bits, parts, torch.split(whole, [part.size(0) for part in parts])))
-    return proof.same_bits(join(weight, parts, architecture, rows=parts[0].size(0)), whole)
+    back = (writer.read_back(name) for name in weight.huggingface)
+    if reader.is_side_by_side(weight):
+        same = all(map(proof.same_bits, parts, back))
+    else:
+        tensors = list(back)
+        whole = join(weight, tensors, reader.source.architecture, rows=tensors[0].size(0))
+        same = proof.same_bits(whole, reader.rounded(reader.parameter(weight.megatron), weight))
+    return [] if same else [weight.megatron]
 
 
 def _write_surroundings(source: Source, folder: Path) -> None:

@@ -5,6 +5,7 @@ source for the way back), SAVE/latest_checkpointed_iteration.txt, written last.
 """
 
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -75,12 +76,14 @@ def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan, *, re
         for key, value in {**plan.objects, megatron_side.COMMON: [common]}.items():
             writer.object(key, value)
         for weight in source.weights:
+            sizes = plan.sizes[weight.megatron]
             parts = [source.tensor(name) for name in weight.huggingface]
-            for piece, part in _pieces(source, plan, weight, parts):
-                writer.tensor(piece, part)
+            boxes = parts if weight.shapes == sizes else [join(weight, parts, source.architecture, rows=sizes[0][0])]
+            for piece, box in zip(plan.pieces[weight.megatron], boxes, strict=True):
+                writer.tensor(piece, box)
             if read_back:
                 comparisons.start(partial(_different, writer, weight, parts, plan, source.architecture))
-            del parts, part
+            del parts, boxes, box
     return Written(different=comparisons.different, records=writer.records)
 
 
@@ -93,21 +96,12 @@ def _different(
 ) -> list[str]:
     """Read a parameter from the file again and turn it round; return the names of the tensors that do not come back bit for bit."""
     pieces, sizes = plan.pieces[weight.megatron], plan.sizes[weight.megatron]
-    boxes = [writer.read_back(piece).reshape(size) for piece, size in zip(pieces, sizes, strict=True)]
-    if tuple(tuple(box.shape) for box in boxes) != weight.shapes:
-        boxes = split(weight, torch.cat(boxes) if len(boxes) > 1 else boxes[0], architecture)
+    boxes: Iterator[torch.Tensor] = (writer.read_back(piece).reshape(size) for piece, size in zip(pieces, sizes, strict=True))
+    if weight.shapes != sizes:
+        (whole,) = boxes
+        boxes = iter(split(weight, whole, architecture))
     compared = zip(weight.huggingface, parts, boxes, strict=True)
     return [name for name, part, box in compared if not proof.same_bits(part, box)]
-
-
-def _pieces(
-    source: Source, plan: megatron_side.CheckpointPlan, weight: Weight, parts: list[torch.Tensor]
-) -> list[tuple[torch_dist.Piece, torch.Tensor]]:
-    """Return the boxes that a parameter is stored in, with their values."""
-    sizes = plan.sizes[weight.megatron]
-    if tuple(tuple(part.shape) for part in parts) == sizes:  # stored as they are, side by side
-        return list(zip(plan.pieces[weight.megatron], parts, strict=True))
-    return plan.cut(weight.megatron, join(weight, parts, source.architecture, rows=sum(size[0] for size in sizes)))
 
 
 def _keep_tokenizer(source: Source, target: Path) -> None:

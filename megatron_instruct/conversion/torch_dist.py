@@ -29,12 +29,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_instruct.conversion.digests import Digests
+from megatron_instruct.conversion.mapped import map_tensor
 from megatron_instruct.conversion.target import refusals_named
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import write_json
 from megatron_instruct.manifest import FileRecord
 
 INDEX, FORMAT, DATA = ".metadata", "metadata.json", "__0_0.distcp"
+_VALUES = "data/0"
+"""Where an archive of torch.save has a tensor's values."""
+_ALIGNED = 64
+"""Tensors start at multiples of so many bytes, as torch.save's values do from there: so they can be used where they lie."""
 _REMEDY = "give another iteration or write it again"
 _SAFE_NAMES = {
     ("collections", "OrderedDict"),
@@ -116,20 +121,19 @@ class Checkpoint:
         return first.file.name, first.position
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """Return the box, put together from however it was stored."""
+        """Return the box, put together from however it was stored. One that lies in one piece stays in its file (mapped.py)."""
         stored, result, filled = self.tensors[piece.key], None, 0
         for chunk in stored.chunks:
             box = _overlap(piece, chunk)
             if box is None:
                 continue
-            tensor = _load(piece.key, chunk, stored.dtype)
-            if (chunk.offsets, chunk.sizes) == (piece.offsets, piece.sizes):
+            tensor = _load(piece.key, chunk, stored.dtype, box)
+            if tuple(tensor.shape) == piece.sizes:
                 return tensor
             result = torch.empty(piece.sizes, dtype=stored.dtype) if result is None else result
             there = tuple(slice(start - a, end - a) for (start, end), a in zip(box, piece.offsets, strict=True))
-            here = tuple(slice(start - c, end - c) for (start, end), c in zip(box, chunk.offsets, strict=True))
-            result[there] = tensor[here]
-            filled += math.prod(end - start for start, end in box)
+            result[there] = tensor
+            filled += tensor.numel()
         if result is None or filled != math.prod(piece.sizes):
             raise InputError(f"{self._path} holds {filled} of {math.prod(piece.sizes)} values of a part of {piece.key}; {_REMEDY}.")
         return result
@@ -198,7 +202,8 @@ class Writer:
         """Read one box that was written as it is, from the file."""
         info = self._places[MetadataIndex(piece.key, torch.Size(piece.offsets))]
         chunk = _Chunk(offsets=piece.offsets, sizes=piece.sizes, file=self._path / DATA, position=info.offset, length=info.length)
-        return _load(piece.key, chunk, self._tensors[piece.key].properties.dtype)
+        box = [(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True)]
+        return _load(piece.key, chunk, self._tensors[piece.key].properties.dtype, box)
 
     def records(self) -> dict[Path, FileRecord]:
         """Return what a manifest says of the data, once the with block is left."""
@@ -209,8 +214,9 @@ class Writer:
             self._append(index, lambda stream: torch.save(value, stream))
 
     def _append(self, index: MetadataIndex, write: Callable[[BinaryIO], Any]) -> None:
-        start = self._stream.tell()
         with refusals_named(self._path / DATA):
+            self._stream.write(bytes(-self._stream.tell() % _ALIGNED))
+            start = self._stream.tell()
             write(self._stream)
             self._stream.flush()
         end = self._stream.tell()
@@ -232,16 +238,29 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _load(key: str, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
+def _load(key: str, chunk: _Chunk, dtype: torch.dtype, box: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return a part of what is stored of a tensor; box: from where to where on each axis of the whole tensor."""
     try:
-        with open(chunk.file, "rb") as stream:
+        with open(chunk.file, "rb") as stream, torch.serialization.skip_data():  # names and sizes are read, values are not
             view: Any = _create_file_view(stream, chunk.position, chunk.length)
             tensor: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
+            view.seek(0)
+            archive: Any = torch._C.PyTorchFileReader(view)
+            values, size = archive.get_record_offset(_VALUES), archive.get_record_size(_VALUES)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise InputError(f"{chunk.file} is damaged where {key} lies ({error}); {_REMEDY}.") from error
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
         raise InputError(f"{chunk.file} holds something else where {key} lies; {_REMEDY}.")
-    return tensor
+    if size != tensor.untyped_storage().nbytes() or values + size > chunk.length:
+        raise InputError(f"{chunk.file} is damaged where {key} lies (its values take {size} bytes); {_REMEDY}.")
+    here = [(start - offset, end - offset) for (start, end), offset in zip(box, chunk.offsets, strict=True)]
+    part = tensor[tuple(slice(*place) for place in here)]
+    spans = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True)) + 1
+    try:
+        flat = map_tensor(chunk.file, chunk.position + values + part.storage_offset() * dtype.itemsize, (spans,), dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{chunk.file} is damaged where {key} lies ({error}); {_REMEDY}.") from error
+    return flat.as_strided(part.shape, part.stride())
 
 
 class _IndexUnpickler(pickle.Unpickler):
