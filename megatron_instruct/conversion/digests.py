@@ -17,6 +17,7 @@ from megatron_instruct.manifest import FileRecord
 
 _BLOCK = 1 << 22  # bytes read at once
 _FLUSH_EVERY = 1 << 28  # bytes of a result that are flushed at once
+_AHEAD = 1 << 28  # bytes of a source that are on their way from the disk
 
 
 class Digests:
@@ -78,7 +79,11 @@ class Digests:
         if self._stopped:
             return False
         with open(file, "rb", buffering=0) as stream:
+            asked = 0
             while True:
+                if not self._grows and done + _AHEAD // 2 >= asked:
+                    os.posix_fadvise(stream.fileno(), asked, _AHEAD, os.POSIX_FADV_WILLNEED)
+                    asked += _AHEAD
                 end = self._await(file, done)
                 if self._stopped:
                     return False

@@ -5,7 +5,9 @@ then leaves the rotary frequencies of a loaded model uninitialised without a wor
 neither; it is started once, and ends with this one, however this one ends. Nothing is ever downloaded, and no code of a folder is run.
 """
 
+import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import sys
@@ -24,12 +26,14 @@ from megatron_instruct.errors import InputError
 
 _NOT_NEEDED = ("sklearn", "torchaudio", "torchvision")
 """What transformers loads for other models where it finds it: 3 s and 130 MB."""
+_LOAD = "load"
+"""The one question that is not answered."""
 _NO_VOCABULARY = 8  # rows of an embedding that is not used
 
 
-def start() -> None:
-    """Start the process, so that it loads its libraries while this one works."""
-    _process()
+def start(model_class: str) -> None:
+    """Start the process, so that it loads its libraries, and transformers' class of the model, while this one works."""
+    _process().send((_LOAD, (model_class,)))
 
 
 def outputs(folder: Path, config_file: Path, ids: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -86,8 +90,10 @@ def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]"
     other_end.close()
     warnings.simplefilter("ignore")
     sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
+    gc.disable()  # which costs a tenth of the time of so many imports
     import transformers
 
+    gc.enable()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     while True:
@@ -95,6 +101,10 @@ def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]"
             question, values = connection.recv()
         except EOFError:
             return
+        if question == _LOAD:
+            with contextlib.suppress(Exception):  # what is wrong shows when the class is asked for
+                getattr(transformers, values[0])
+            continue
         try:
             connection.send((True, _ANSWERS[question](*values)))
         except Exception as error:  # whatever it is, it is the answer
