@@ -5,6 +5,7 @@ a time, each on the hidden states that the one before it left. Does not know: ho
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def sample_of_layers(sides: Sides, machine: Machine, ids: list[int]) -> list[pro
         model = megatron_side.build(one, machine, lambda name, layer=layer: _of_layer(sides, name, layer))  # type: ignore[misc]
         outputs = megatron_side.outputs_of(model, one, [0] * len(ids), epsilon=proof.epsilon_of(sides.rounded_to), hidden_SC=hidden_SC)
         del model
+        gc.collect()  # a model's parts know each other
         ours = outputs.layers[0]
         theirs = huggingface_side.layer_output(sides.folder, sides.config_file, layer, hidden_SC)
         checks.append(proof.check_layer(layer, ours, theirs, moved=outputs.layers_moved[0]))

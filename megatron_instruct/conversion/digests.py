@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_instruct.conversion.mapped import Behind
 from megatron_instruct.manifest import FileRecord
 
 _BLOCK = 1 << 22  # bytes read at once
@@ -32,6 +33,7 @@ class Digests:
         """How far each file may be read; None: to its end."""
         self._found: dict[Path, FileRecord] = {}
         self._changed = threading.Condition()
+        self._behind = Behind()
         self._stopped = False
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, name="digests", daemon=True)
@@ -94,6 +96,7 @@ class Digests:
                 done += size
                 if self._grows and done - flushed >= _FLUSH_EVERY:
                     os.fdatasync(stream.fileno())
+                    self._behind.add(file, flushed, done - flushed)
                     flushed = done
             if self._grows:
                 os.fsync(stream.fileno())

@@ -23,6 +23,7 @@ import torch
 from megatron_instruct.conversion.mapped import forget_pages
 from megatron_instruct.conversion.safetensors_folder import read_tensor, stored_tensors
 from megatron_instruct.errors import InputError
+from megatron_instruct.platform.device import return_freed_memory
 
 _NOT_NEEDED = ("sklearn", "torchaudio", "torchvision")
 """What transformers loads for other models where it finds it: 3 s and 130 MB."""
@@ -88,6 +89,7 @@ def _process() -> "Connection[Any, Any]":
 def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]") -> None:
     """Answer questions until the other end is closed, of which a fork has a copy."""
     other_end.close()
+    return_freed_memory()
     warnings.simplefilter("ignore")
     sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
     gc.disable()  # which costs a tenth of the time of so many imports
@@ -109,6 +111,7 @@ def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]"
             connection.send((True, _ANSWERS[question](*values)))
         except Exception as error:  # whatever it is, it is the answer
             connection.send((False, f"{type(error).__name__}: {error}"))
+        gc.collect()  # the parts of the model that was loaded know each other
 
 
 def _outputs(folder: Path, config_file: Path, ids: list[int]) -> Any:

@@ -29,7 +29,7 @@ from megatron_instruct.platform.device import Machine
 
 _NO_WEIGHT = ("optimizer.", "chained_")
 """Beginnings of names in a trained checkpoint that are no weights."""
-_BLOCK = 1 << 26  # bytes of a parameter that is put together: what is read of its file at once counts as memory as long as it is looked at
+_BLOCK = 1 << 24  # bytes of a parameter that is put together: what is read of its file at once counts as memory as long as it is looked at
 COMMON = "common_state/shard_0_1"
 """Where megatron-core 0.19.2 keeps what is not of tensors."""
 
@@ -84,6 +84,7 @@ def one_process() -> Iterator[Machine]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # heeded as long as this process has not touched CUDA
     if torch.cuda.is_available():
         raise ConfigError("this process uses CUDA already, and conversion runs on the CPU; run it in a process of its own.")
+    device.return_freed_memory()
     machine = device.initialize(keep_freed_memory=False)
     join_model_parallel_groups(ParallelLayout(), seed=1234)
     try:

@@ -23,6 +23,7 @@ from megatron_instruct.conversion.checksums import check_manifest
 from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
+from megatron_instruct.conversion.mapped import Behind
 from megatron_instruct.conversion.target import require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_folder
@@ -134,12 +135,15 @@ def _write_state(checkpoint: torch_dist.Checkpoint, path: Path, *, read_back: bo
     with torch_dist.Writer(path) as writer, Comparisons() as comparisons:
         for key in checkpoint.objects:
             writer.object_as_stored(key, checkpoint.bytes_of(key))
+        behind = Behind()
         for box in sorted(boxes, key=checkpoint.position):
             value = checkpoint.read(box)
             writer.tensor(box, value)
             if read_back:
                 comparisons.start(partial(_different, writer, box, value))
             del value
+            for place in checkpoint.places(box):
+                behind.add(*place)
     return Written(different=comparisons.different, records=writer.records)
 
 

@@ -5,6 +5,7 @@ Pickled weights are never opened: a pickle can run any code. Does not know: what
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ class StoredTensor:
     """safetensors' name, such as BF16."""
     position: int
     """Of its first byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _TYPES[self.dtype].itemsize
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
+from megatron_instruct.conversion.mapped import Behind
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
 from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
@@ -125,6 +126,7 @@ def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str, read_ba
         Writer(folder, shapes, TORCH_DTYPES[reader.source.dtype], max_shard_size=max_shard_size) as writer,
         Comparisons() as comparisons,
     ):
+        behind = Behind()
         for weight in reader.in_order():
             parts = reader.parts(weight)
             for name, part in zip(weight.huggingface, parts, strict=True):
@@ -132,6 +134,9 @@ def _write_weights(reader: Reader, folder: Path, *, max_shard_size: str, read_ba
             if read_back:
                 comparisons.start(partial(_different, writer, weight, reader, parts))
             del parts, part
+            for piece in reader.plan.pieces[weight.megatron]:
+                for place in reader.checkpoint.places(piece):
+                    behind.add(*place)
     return Written(different=comparisons.different, records=writer.records)
 
 

@@ -18,6 +18,7 @@ from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
+from megatron_instruct.conversion.mapped import Behind
 from megatron_instruct.conversion.weights import Weight, join, split
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
@@ -75,6 +76,7 @@ def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan, *, re
         common = common_state(source.architecture, dtype=source.dtype, iteration=0)
         for key, value in {**plan.objects, megatron_side.COMMON: [common]}.items():
             writer.object(key, value)
+        behind = Behind()
         for weight in source.weights:
             sizes = plan.sizes[weight.megatron]
             parts = [source.tensor(name) for name in weight.huggingface]
@@ -84,6 +86,8 @@ def _write(source: Source, path: Path, plan: megatron_side.CheckpointPlan, *, re
             if read_back:
                 comparisons.start(partial(_different, writer, weight, parts, plan, source.architecture))
             del parts, boxes, box
+            for stored in (source.tensors[name] for name in weight.huggingface):
+                behind.add(stored.file, stored.position, stored.nbytes)
     return Written(different=comparisons.different, records=writer.records)
 
 

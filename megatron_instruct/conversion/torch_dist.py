@@ -120,6 +120,12 @@ class Checkpoint:
         first = next((chunk for chunk in chunks if _overlap(piece, chunk) is not None), chunks[0])
         return first.file.name, first.position
 
+    def places(self, piece: Piece) -> Iterator[tuple[Path, int, int]]:
+        """Yield file, position and length of what is stored of the box and of nothing else."""
+        for chunk in self.tensors[piece.key].chunks:
+            if _overlap(piece, chunk) == [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]:
+                yield chunk.file, chunk.position, chunk.length
+
     def read(self, piece: Piece) -> torch.Tensor:
         """Return the box, put together from however it was stored. One that lies in one piece stays in its file (mapped.py)."""
         stored, result, filled = self.tensors[piece.key], None, 0

@@ -110,6 +110,13 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
+def return_freed_memory() -> None:
+    """Let glibc return what is freed of 128 KiB and more to the kernel; else it keeps up to 32 MB, once as much was freed at once."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD; setting it ends its growth
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 17)
+
+
 def peak_flops(machine: Machine, precision: Precision) -> float | None:
     """Return the peak FLOP/s of one process's device: from the data sheet for a known GPU, measured for a CPU, None otherwise."""
     if not machine.is_cuda:
