@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 import warnings
@@ -89,6 +90,7 @@ def _process() -> "Connection[Any, Any]":
 def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]") -> None:
     """Answer questions until the other end is closed, of which a fork has a copy."""
     other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that asks, and with it this one
     return_freed_memory()
     warnings.simplefilter("ignore")
     sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
