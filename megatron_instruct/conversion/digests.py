@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_instruct.conversion.mapped import Behind
+from megatron_instruct.conversion.page_cache import Behind
 from megatron_instruct.manifest import FileRecord
 
 _BLOCK = 1 << 22  # bytes read at once

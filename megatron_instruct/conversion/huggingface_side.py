@@ -35,7 +35,8 @@ _NO_VOCABULARY = 8  # rows of an embedding that is not used
 
 def start(model_class: str) -> None:
     """Start the process, so that it loads its libraries, and transformers' class of the model, while this one works."""
-    _process().send((_LOAD, (model_class,)))
+    with contextlib.suppress(OSError):  # it died since it was last asked: whoever asks next says so
+        _process().send((_LOAD, (model_class,)))
 
 
 def outputs(folder: Path, config_file: Path, ids: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:

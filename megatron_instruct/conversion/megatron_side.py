@@ -84,7 +84,6 @@ def one_process() -> Iterator[Machine]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # heeded as long as this process has not touched CUDA
     if torch.cuda.is_available():
         raise ConfigError("this process uses CUDA already, and conversion runs on the CPU; run it in a process of its own.")
-    device.return_freed_memory()
     machine = device.initialize(keep_freed_memory=False)
     join_model_parallel_groups(ParallelLayout(), seed=1234)
     try:

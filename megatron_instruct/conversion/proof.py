@@ -23,7 +23,7 @@ MAX_TOKENS = 512
 """Length of the text whose logits are compared (tokens)."""
 _FACTOR = 8.0  # 2.7 is the most that 60 random models of all families came to, half of them below 0.4; what is wrong is far above
 
-_COMPARED = 1 << 22  # numbers that are compared at once
+_COMPARED = 1 << 22  # integers that are compared at once
 
 TEXT = """\
 A lighthouse keeper writes down what she sees. At 04:15 the wind turns to north-north-west, force 7, and the barometer falls from
@@ -137,7 +137,7 @@ def check_token_ids(ours: Sequence[int], theirs: Sequence[int], *, kind: str) ->
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors of one type and shape are the same, bit for bit. (Integers of 64 bits are compared fastest.)
 
-    Of tensors that stay in their files, no more than a few megabytes are in this process's memory at a time.
+    Of a tensor that stays in its file, no more than 32 MiB are in this process's memory at a time.
     """
     if left.dtype != right.dtype or left.shape != right.shape:
         return False

@@ -23,7 +23,7 @@ from megatron_instruct.conversion.checksums import check_manifest
 from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
-from megatron_instruct.conversion.mapped import Behind
+from megatron_instruct.conversion.page_cache import Behind
 from megatron_instruct.conversion.target import require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_folder

@@ -17,8 +17,8 @@ from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
-from megatron_instruct.conversion.mapped import Behind
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
+from megatron_instruct.conversion.page_cache import Behind
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
 from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
 from megatron_instruct.files import atomic_folder, read_json, write_json

@@ -18,7 +18,7 @@ from megatron_instruct.conversion.computation import Sides, compare
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
-from megatron_instruct.conversion.mapped import Behind
+from megatron_instruct.conversion.page_cache import Behind
 from megatron_instruct.conversion.weights import Weight, join, split
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest

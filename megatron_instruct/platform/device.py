@@ -63,15 +63,14 @@ def initialize(*, timeout_minutes: float = 10.0, threads: int | None = None, kee
     """Join the process group, once, and make megatron-core able to run here.
 
     threads: CPU threads of this process; by default OMP_NUM_THREADS, else the cores of the machine divided by its processes.
-    keep_freed_memory: whether what a step frees is kept for the next one, on the CPU; not for work that must stay within a bound.
+    keep_freed_memory: whether what a step frees is kept for the next one, on the CPU, or given back at once.
     """
     machine = current()
     if machine.is_cuda:
         torch.cuda.set_device(machine.device)
     else:
         torch.set_num_threads(threads or default_threads())
-        if keep_freed_memory:
-            _keep_freed_memory()
+        (_keep_freed_memory if keep_freed_memory else return_freed_memory)()
         cpu_seam.install()
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)

@@ -32,17 +32,6 @@ def test_a_tensor_beyond_the_end_of_its_file_is_refused(tmp_path: Path) -> None:
         map_tensor(file, 0, (2,), torch.float32)
 
 
-def test_what_lies_behind_the_work_leaves_the_page_cache_oldest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dropped = []
-    monkeypatch.setattr(mapped, "_KEPT", 10)
-    monkeypatch.setattr(mapped.os, "posix_fadvise", lambda _descriptor, *place: dropped.append(place[:2]))
-    (tmp_path / "file").write_bytes(b"x")
-    behind = mapped.Behind()
-    for number in range(5):
-        behind.add(tmp_path / "file", 4 * number, 4)
-    assert dropped == [(0, 4), (4, 4)], "of 20 bytes the last 12, since 8 would be fewer than 10"
-
-
 def test_a_part_of_a_box_is_read_wherever_the_box_lies(tmp_path: Path) -> None:
     """Whether the tensor was saved whole, transposed, or at an odd place, as torch's own writer puts it."""
     whole = torch.arange(6 * 5 * 4, dtype=torch.bfloat16).reshape(1, 6, 5, 4)
