@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -89,10 +90,20 @@ def _process() -> "Connection[Any, Any]":
 
 
 def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]") -> None:
-    """Answer questions until the other end is closed, of which a fork has a copy."""
+    """Answer questions until the other end is closed, of which a fork has a copy.
+
+    In a thread of its own: OpenMP's threads belong to the one that started them, and of a fork's first thread, where it had any, they are
+    in the other process; it would wait for them for ever.
+    """
     other_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that asks, and with it this one
     return_freed_memory()
+    thread = threading.Thread(target=_answer, args=(connection,))
+    thread.start()
+    thread.join()
+
+
+def _answer(connection: "Connection[Any, Any]") -> None:
     warnings.simplefilter("ignore")
     sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
     gc.disable()  # which costs a tenth of the time of so many imports

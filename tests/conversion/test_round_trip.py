@@ -1,6 +1,8 @@
 """Both ways for random models: the same bits back, and the logits of transformers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,16 @@ def test_a_model_trained_in_fp8_is_exported_in_the_type_of_its_weights_and_this_
     assert said in capsys.readouterr().out
     assert (manifest.facts["dtype"], manifest.facts["trained_in_fp8"]) == ("bf16", "fp8=hybrid, fp8_recipe=delayed")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_process_that_has_computed_already_gets_its_answer(write_model: WriteModel) -> None:
+    """transformers' process is a fork of it, in which OpenMP waits for threads that only the first process has."""
+    source = write_model({**LLAMA, "hidden_size": 256, "intermediate_size": 1024})
+    code = (
+        "import sys, torch; from pathlib import Path; from megatron_instruct.conversion import huggingface_side\n"
+        "torch.randn(1500, 1500) @ torch.randn(1500, 1500)\n"
+        "layers, logits = huggingface_side.outputs(Path(sys.argv[1]), Path(sys.argv[1]) / 'config.json', list(range(200)))\n"
+        "print(len(layers), *logits.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.split() == [str(LLAMA["num_hidden_layers"]), "200", str(LLAMA["vocab_size"])]
