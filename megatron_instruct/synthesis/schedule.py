@@ -5,13 +5,16 @@ the one before it is parsed, while other columns are anywhere. What follows is a
 had in its cache. Columns are taken up one by one as places come free, so a corpus of any size needs the memory of what is in work. Only
 when the last columns would fit into the engine together does the order turn round: those that have most before them go first, since a
 column that is taken up late would go through its rounds when the engine has hardly anything else to do.
-Requests fail one by one; a dead engine is loaded again, a limited number of times. Does not know: prompts, texts, files of results.
+Requests fail one by one. A failure is final once a later request succeeds, which shows that it was the text's fault; until then nothing of
+it is written down, so that another run asks again. A dead engine is loaded again, a limited number of times. Does not know: prompts, texts,
+files of results.
 """
 
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_instruct.errors import EngineError
@@ -32,6 +35,11 @@ class ColumnWork:
     journal: Journal
     done: Callable[[Any], None]
     """Called with what the steps return."""
+
+
+type NextColumn = Callable[[bool], ColumnWork | None]
+"""Gives a column, or None when there is none, or none before one in work is done. Called with whether nothing is in work, so that none will
+be done: then it gives one if there is any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +100,18 @@ class Schedule:
         self._failed_attempts: Counter[str] = Counter()
         self._suspects: list[tuple[_Question, Completion]] = []
         """Failed for good, unless it turns out that the engine is at fault."""
+        self._told = 0
+        """Suspects that their columns know of already, since nothing else was left to do: so many of the first."""
+        self._results: list[Callable[[], None]] = []
+        """Of columns that were done since then; to be taken once it is known who is at fault."""
         self._any_success = False
         self._columns_left: Callable[[], int | None] = lambda: None
 
-    def run(self, next_column: Callable[[], ColumnWork | None], columns_left: Callable[[], int | None] = lambda: None) -> None:
+    def run(self, next_column: NextColumn, columns_left: Callable[[], int | None] = lambda: None) -> None:
         """Work until there is nothing left.
 
-        next_column: gives a column, or None when there is none, or none before one in work is done. columns_left: how many it can still
-        give; None while nobody knows. Raises EngineError when the engine is dead or nothing that it is asked succeeds; what was finished is
-        in the journals.
+        columns_left: how many columns next_column can still give; None while nobody knows. Raises EngineError when the engine is dead or
+        nothing that it is asked succeeds; what was finished is in the journals.
         """
         self._columns_left = columns_left
         try:
@@ -108,6 +119,8 @@ class Schedule:
                 self._fill(next_column)
                 if self._in_work:
                     self._take_answers()
+                elif self._told < len(self._suspects):
+                    self._tell()
                 elif self._suspects:
                     self._settle_last()
                 else:
@@ -116,14 +129,14 @@ class Schedule:
             if self._engine is not None:
                 self._engine.close()
 
-    def _fill(self, next_column: Callable[[], ColumnWork | None]) -> None:
+    def _fill(self, next_column: NextColumn) -> None:
         """Submit what is ready, and take up columns, until the engine has what it can hold."""
         while self._engine is None or len(self._in_work) < self._engine.capacity:
             left = self._columns_left()
             ending = self._engine is not None and left is not None and left <= self._engine.capacity
             if self._ready and not (ending and left):
                 self._submit(self._take_ready(earliest=ending))
-            elif (column := next_column()) is not None:
+            elif (column := next_column(not self._in_work)) is not None:
                 self._advance(column, None)
             else:
                 return
@@ -141,7 +154,9 @@ class Schedule:
             try:
                 requests = next(column.steps) if completions is None else column.steps.send(completions)
             except StopIteration as end:
-                column.done(end.value)
+                self._results.append(partial(column.done, end.value))
+                if not self._told:
+                    self._hand_over()
                 return
             waiting = _Waiting(column, step, [column.journal.take(request) for request in requests])
             self._any_success |= any(known is not None and known.error is None for known in waiting.completions)
@@ -174,7 +189,9 @@ class Schedule:
             if completion.error is None:
                 self._any_success = True
                 self._settle()
-                self._keep(question, replace(completion, attempts=self._failed_attempts.pop(request.id, 0) + 1))
+                final = replace(completion, attempts=self._failed_attempts.pop(request.id, 0) + 1)
+                self._write(question, final)
+                self._answer(question, final)
             else:
                 self._fail(question, completion)
 
@@ -192,22 +209,40 @@ class Schedule:
                 "Mend the cause and run the same command again, or raise --failures-in-a-row."
             )
 
+    def _tell(self) -> None:
+        """Let columns go on with their failures as if these were final: they may ask what succeeds."""
+        untold, self._told = self._suspects[self._told :], len(self._suspects)
+        for question, completion in untold:
+            self._answer(question, completion)
+
     def _settle(self) -> None:
         """The engine works, so what failed did so for its own reasons."""
-        suspects, self._suspects = self._suspects, []
+        suspects, told = self._suspects, self._told
+        self._suspects, self._told = [], 0
         for question, completion in suspects:
-            self._keep(question, completion)
+            self._write(question, completion)
+        self._hand_over()
+        for question, completion in suspects[told:]:
+            self._answer(question, completion)
 
     def _settle_last(self) -> None:
         if not self._any_success and len(self._suspects) >= _TELLING:
             raise EngineError(f"every one of {len(self._suspects)} requests failed, the last with: {self._suspects[-1][1].error}")
         self._settle()
 
-    def _keep(self, question: _Question, completion: Completion) -> None:
-        """Write a final answer down, and let its column go on once it has all it asked for."""
-        column = question.column
-        column.column.journal.write(question.request, completion)
+    def _hand_over(self) -> None:
+        results, self._results = self._results, []
+        for done in results:
+            done()
+
+    def _write(self, question: _Question, completion: Completion) -> None:
+        """Write a final answer down."""
+        question.column.column.journal.write(question.request, completion)
         self._report(Usage(generated=completion.tokens, prompt=len(question.request.prompt), cached=completion.cached))
+
+    def _answer(self, question: _Question, completion: Completion) -> None:
+        """Let a column go on once it has all it asked for."""
+        column = question.column
         column.completions[question.place] = completion
         known = [one for one in column.completions if one is not None]
         if len(known) == len(column.completions):

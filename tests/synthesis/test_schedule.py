@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_instruct.errors import EngineError
@@ -61,7 +61,7 @@ def work(
     results: dict[str, list[str]] = {}
     left = deque(columns)
 
-    def next_column() -> ColumnWork | None:
+    def next_column(_: bool) -> ColumnWork | None:
         if not left:
             return None
         name, length = left.popleft()
@@ -126,7 +126,7 @@ def test_an_answer_in_the_journal_is_not_asked_for_and_needs_no_engine(tmp_path:
 
     done: list[Any] = []
     columns_left = iter([ColumnWork(steps=chain("a", 2), journal=journal, done=done.append)])
-    Schedule(no_engine, LIMITS, lambda _: None).run(lambda: next(columns_left, None))
+    Schedule(no_engine, LIMITS, lambda _: None).run(lambda _: next(columns_left, None))
     assert done == [["a0", "a1"]]
     journal.close()
 
@@ -158,6 +158,35 @@ def test_failures_in_a_row_stop_the_run_and_are_not_written_down(tmp_path: Path)
     journal.close()
 
 
+def test_an_engine_that_fails_from_some_time_on_is_told_by_one_column_too(tmp_path: Path) -> None:
+    """Each of its texts is asked after the one before it, so that never more than one has failed at a time."""
+    journal = Journal(tmp_path / "journal")
+    with pytest.raises(EngineError, match="5 requests in a row failed"):
+        work([("a", 20)], Recorder(2, failing=[f"a{number}" for number in range(3, 20)]), journal)
+    journal.close()
+    assert [json.loads(line)["id"] for line in (tmp_path / "journal").read_text().splitlines()] == ["a0", "a1", "a2"]
+    journal = Journal(tmp_path / "journal")
+    assert work([("a", 20)], Recorder(2), journal) == {"a": [f"a{number}" for number in range(20)]}
+    journal.close()
+
+
+@pytest.mark.parametrize(("columns", "capacity"), [([("a", 4)], 1), ([("a", 2), ("b", 2)], 9), ([("a", 1), ("b", 3)], 2)])
+def test_an_engine_that_fails_everything_is_told_however_few_fail_at_a_time(
+    tmp_path: Path, columns: list[tuple[str, int]], capacity: int
+) -> None:
+    names = [f"{name}{number}" for name, length in columns for number in range(length)]
+    for _ in range(2):
+        journal = Journal(tmp_path / "journal")
+        with pytest.raises(EngineError, match="every one of 4 requests failed"):
+            work(columns, Recorder(capacity, failing=names), journal)
+        journal.close()
+        assert not (tmp_path / "journal").read_bytes(), "the next run asks again"
+    journal = Journal(tmp_path / "journal")
+    results = work(columns, Recorder(capacity, failing=names[:-1]), journal)
+    assert [answer for name, _ in columns for answer in results[name]] == ["", "", "", names[-1]], "the last shows that the engine works"
+    journal.close()
+
+
 def test_single_failures_do_not_stop_the_run(journal: Journal) -> None:
     names = [(f"{number}-", 1) for number in range(40)]
     failing = [f"{number}-0" for number in range(40) if number % 4]
@@ -169,6 +198,8 @@ def test_single_failures_do_not_stop_the_run(journal: Journal) -> None:
 TEXTS = st.lists(st.sampled_from(["pairs", "none", "fails", "recovers"]), min_size=1, max_size=14)
 
 
+@example(kinds=["fails"] * 4, rounds=2, first=(1, 1), second=1)
+@example(kinds=["fails"] * 9 + ["none"], rounds=1, first=(1, 1), second=1)
 @given(kinds=TEXTS, rounds=st.integers(1, 5), first=st.tuples(st.integers(1, 9), st.integers(1, 9)), second=st.integers(1, 30))
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_result_depends_on_neither_batch_nor_shard_nor_order(
