@@ -5,7 +5,8 @@ Each side lives in a process of its own and is idle while the other one works; t
 whatever else the machine does meets both alike. The last line is JSON with the medians and their ratio (above 1: ours is faster).
 
 Ours is what tools/pretrain.py runs each iteration (training.step.train_step on one process); the other side is LlamaForCausalLM
-with scaled_dot_product_attention, gradient accumulation, clipping, and torch's fused AdamW.
+with scaled_dot_product_attention, gradient accumulation, clipping, and torch's fused AdamW. In each turn the peak of the machine is
+measured, too, by products of square matrices with as many threads; its share is of the model's operations, medians of both.
 """
 
 import argparse
@@ -130,6 +131,25 @@ def side(make: Callable[[argparse.Namespace], Step], options: argparse.Namespace
         pipe.send((seconds, loss))
 
 
+def peak_flops(options: argparse.Namespace) -> float:
+    """Measure the operations that matrix products do in a second while both sides are idle."""
+    import torch
+
+    from megatron_instruct.platform import device
+
+    torch.set_num_threads(options.threads)
+    measured = device.peak_flops(device.current(), "fp32")
+    assert measured is not None, "the peak of a CPU is measured"
+    return measured
+
+
+def flops_per_token(options: argparse.Namespace) -> float:
+    from megatron_instruct.models.presets import make_architecture
+
+    architecture = make_architecture({}, preset_name=options.preset, vocab_size=options.vocab_size, seq_length=options.seq_length)
+    return architecture.flops_per_token(options.seq_length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="31M")
@@ -151,17 +171,20 @@ def main() -> None:
         pipes[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     losses: dict[str, float] = {}
+    peaks: list[float] = []
     for turn in range(-1, options.turns):
         for name in list(pipes) if turn % 2 else reversed(list(pipes)):
             pipes[name].send(options.steps)
             taken, losses[name] = pipes[name].recv()
             if turn >= 0:  # the first turn warms up
                 seconds[name] += taken
+        peaks.append(peak_flops(options))
         print(f"turn {turn + 1}/{options.turns}: " + ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items()), flush=True)
     for pipe in pipes.values():
         pipe.send(0)
     tokens = options.micro_batch_size * options.num_microbatches * options.seq_length
     rates = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
+    operations, peak = flops_per_token(options), statistics.median(peaks)
     print(
         json.dumps(
             {
@@ -169,6 +192,8 @@ def main() -> None:
                 **{f"{name}_best_tokens_per_second": round(tokens / min(taken), 1) for name, taken in seconds.items()},
                 "ratio": round(rates["ours"] / rates["transformers"], 3),
                 "ratio_of_best": round(min(seconds["transformers"]) / min(seconds["ours"]), 3),
+                "peak_gflops": round(peak / 1e9, 1),
+                **{f"{name}_share_of_peak": round(rate * operations / peak, 3) for name, rate in rates.items()},
                 "threads": options.threads,
                 "shape": f"{options.preset}, {options.num_microbatches} x {options.micro_batch_size} x {options.seq_length}",
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")},

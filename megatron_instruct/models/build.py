@@ -5,6 +5,7 @@ the only one that builds it.
 """
 
 import dataclasses
+import importlib.util
 import logging
 import math
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ class BuildOptions:
     """The embedding is padded to a multiple of this times the tensor ranks."""
     fp8_emulation: Fp8Recipe | None = None
     """What 8-bit products are imitated by, in torch's layers on any machine."""
+    fuse_weight_gradients: bool = False
+    """On a GPU, gradients of weights are added up where they are computed: by apex's kernel, if that is installed."""
     transformer_config: Mapping[str, Any] | None = None
     """Any other field of megatron-core's TransformerConfig."""
 
@@ -155,6 +158,8 @@ def make_transformer_config(
         **_NO_DROPOUT,
         **(_CUDA_SETTINGS if _is_fused(machine, options) else _CPU_SETTINGS),
     }
+    if _is_fused(machine, options) and options.fuse_weight_gradients:
+        settings["gradient_accumulation_fusion"] = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     settings |= _window_settings(architecture) | _expert_settings(architecture, options.experts or {}, fused=_is_fused(machine, options))
     if machine.backend == "gloo" and layout.expert > 1 and layout.tensor_of_experts > 1:
         settings |= _without_unequal_parts(layout, options.experts or {})
@@ -187,7 +192,7 @@ _CUDA_SETTINGS: dict[str, Any] = {
     "apply_rope_fusion": True,
     "bias_activation_fusion": True,
     "bias_dropout_fusion": True,
-    "gradient_accumulation_fusion": False,  # needs apex's extension
+    "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": True,
     "cross_entropy_loss_fusion": True,
 }

@@ -136,7 +136,8 @@ def _is_only_named(config: SynthesizeConfig) -> bool:
 
 
 def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str) -> dict[str, Any]:
-    """Return what decides the result."""
+    """Return what decides the result. model: its fingerprint."""
+    same_folder = config.model.is_dir() and config.tokenizer_folder == config.model  # then it is not read twice
     names = ("text_key", "id_key", "limit", "rounds", "max_new_tokens", "max_model_len", "long_texts", "temperature", "repetition_penalty")
     chosen = {
         name: getattr(config, name)
@@ -147,7 +148,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
         **{name: key for name in ("question_key", "pairs_key") if (key := getattr(config, name)) is not None},
         "prompt_format": prompt_format.fingerprint,
         "model": model,
-        "tokenizer": _fingerprint(config.tokenizer_folder, what="tokenizer"),
+        "tokenizer": model if same_folder else _fingerprint(config.tokenizer_folder, what="tokenizer"),
         "revision": config.revision or (_SERVED if _is_only_named(config) else model[:12]),
         "script": None if config.script is None else sha256_of(config.script) if config.script.is_file() else str(config.script),
         **asdict(config.filtering),

@@ -126,7 +126,7 @@ class Worker:
     _most_open = _OPEN
 
     def _next_column(self, idle: bool) -> ColumnWork | None:
-        """Return the next column, if there is any. idle: nothing is in work, so that no open shard will be finished before another begins."""
+        """Return the next column, if there is any. idle: nothing is in work, so that no open shard will be finished before."""
         while not self._columns and (idle or len(self._open) < self._most_open) and (shard := self._next_shard()) is not None:
             self._last_is_open = shard.last
             if read_shard(self._assignment.shard(shard.number)) is None:

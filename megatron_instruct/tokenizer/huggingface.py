@@ -4,7 +4,8 @@ Comes in: the file. Goes out: a `Tokenizer`. Does not know: transformers, chat t
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,17 @@ class HuggingFaceTokenizer:
         bos = names.get("bos_token")
         self.bos: int | None = vocabulary.get(bos) if bos else None
         content: dict[str, Any] = read_json(file)
-        self.spelling = Spelling.of(_pieces(content, vocabulary, self.vocab_size), prefix=_prefix(content))
+        unknown = content["model"].get("unk_token")
+        self._unknown: str | None = unknown if isinstance(unknown, str) else None
+        self._is_byte_level, self._prefix = _is_byte_level(content), _prefix(content)
         self.fingerprint = fingerprint(_what_decides_ids(content), self.eod)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Which bytes each id spells; made when it is first asked for, since it takes as long as the rest of the loading."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        letters = byte_letters() if self._is_byte_level else {}
+        return Spelling.of(_pieces(vocabulary, self.vocab_size, letters, self._unknown), prefix=self._prefix)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -95,17 +105,15 @@ def _prefix(content: dict[str, Any]) -> int | None:
     return 1 if normalizers == _PREPENDED and not cuts and not added else None
 
 
-def _pieces(content: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> list[bytes]:
-    """Return the bytes that each id spells, as far as the vocabulary says so."""
+def _pieces(vocabulary: Mapping[str, int], vocab_size: int, letters: Mapping[str, int], unknown: str | None) -> list[bytes]:
+    """Return the bytes that each id spells, as far as the vocabulary says so. letters: of a byte-level vocabulary; else none."""
     pieces = [NO_TEXT] * vocab_size
-    letters = byte_letters() if _is_byte_level(content) else {}
     for token, number in vocabulary.items():
         if letters and all(letter in letters for letter in token):
             pieces[number] = bytes(letters[letter] for letter in token)
         else:
             pieces[number] = piece_bytes(token)
-    unknown = content["model"].get("unk_token")
-    if isinstance(unknown, str) and unknown in vocabulary:
+    if unknown is not None and unknown in vocabulary:
         pieces[vocabulary[unknown]] = NO_TEXT
     return pieces
 

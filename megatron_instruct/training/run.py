@@ -89,8 +89,9 @@ def run(config: PretrainConfig) -> None:
         return
     check_same_run(config, start, identity)
     from megatron_instruct.platform import device
-    from megatron_instruct.training.machine_checks import check_machine
+    from megatron_instruct.training.machine_checks import check_machine, keep_order_of_kernels
 
+    keep_order_of_kernels(config.parallel, os.environ)
     check_machine(config, start.architecture, layout, device.current())
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():

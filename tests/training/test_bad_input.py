@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,27 @@ def test_gathering_beside_one_connection_to_the_gpu_is_refused() -> None:
         check_connections(options, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, is_cuda=True)
     check_connections(options, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, is_cuda=True)
     check_connections(ParallelOptions(), {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, is_cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"tensor_model_parallel_size": 2}, "1"),
+        ({"context_parallel_size": 2}, "1"),
+        ({"tensor_model_parallel_size": 2, "use_megatron_fsdp": True}, None),
+        ({}, None),
+    ],
+)
+def test_kernels_keep_their_order_where_ranks_communicate_while_they_compute(settings: dict[str, Any], wanted: str | None) -> None:
+    from megatron_instruct.training.machine_checks import keep_order_of_kernels
+    from megatron_instruct.training.settings.parallel import ParallelOptions
+
+    environment: dict[str, str] = {}
+    keep_order_of_kernels(ParallelOptions(**settings), environment)
+    assert environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
+    chosen = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    keep_order_of_kernels(ParallelOptions(**settings), chosen)
+    assert chosen == {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, "the user's own value stays"
 
 
 def test_data_that_is_missing(flags: Flags, tmp_path: Path) -> None:
