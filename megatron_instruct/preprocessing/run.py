@@ -16,7 +16,8 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import Part, plan_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, records, write_manifest
+from megatron_instruct.fingerprints import forget, shared_records
+from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeOptions
@@ -52,6 +53,11 @@ class _Job:
         """Where unfinished work is."""
         return self.config.output_prefix.with_name(self.config.output_prefix.name + ".parts")
 
+    @property
+    def fingerprints(self) -> Path:
+        """Where those of large inputs are kept until the manifest has them."""
+        return _fingerprints(self.config)
+
     def prefixes(self) -> dict[str, Path]:
         return {key: self.config.prefix(key) for key in self.config.json_keys}
 
@@ -79,6 +85,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     started = time.monotonic()
     job = _resolve(config)
     if (done := _finished(job)) is not None and not job.folder.exists():
+        forget(job.fingerprints)
         return done
     before = _states(job.files)
     share = parse_share(config.share)
@@ -102,6 +109,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
         if share is None:
             remove_folder(job.folder)
+    forget(job.fingerprints)
     return done
 
 
@@ -118,7 +126,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
             f"prepend_bos, but {config.tokenizer_model} names no bos_token; leave it out, or use the synthesizer's tokenizer."
         )
     files = find_files(config.input)
-    inputs = records(files)
+    inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
     check_stage_outputs(files, inputs)
     return _Job(
         config=config,
@@ -128,6 +136,10 @@ def _resolve(config: PreprocessConfig) -> _Job:
         inputs=inputs,
         settings={**config.deciding(), "tokenizer": tokenizer.fingerprint},
     )
+
+
+def _fingerprints(config: PreprocessConfig) -> Path:
+    return config.output_prefix.with_name(config.output_prefix.name + ".fingerprints")
 
 
 def _states(files: Sequence[Path]) -> list[tuple[int, int]]:

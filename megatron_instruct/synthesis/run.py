@@ -19,6 +19,7 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json, sha256_of, write_json
+from megatron_instruct.fingerprints import forget, shared_records
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.prompt_formats.prompt_format import PromptFormat, load_prompt_format
@@ -64,6 +65,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
             if share is None:
                 _report(job, place.prepared)
                 shutil.rmtree(job.folder, ignore_errors=True)
+            forget(_fingerprints(config))
             return place.prepared
         plan = ShardPlan(columns=ColumnPlan(place.prepared.texts, config.rounds), size=config.shard_size)
         _make_shards(job, plan, range(len(plan)) if share is None else share.parts(len(plan)))
@@ -74,6 +76,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
         write_manifest(manifest_file, done)
         _report(job, done)
         shutil.rmtree(job.folder)
+        forget(_fingerprints(config))
     _print_summary(config, done, seconds=time.monotonic() - started)
     return done
 
@@ -110,10 +113,16 @@ class _Job:
 def _resolve(config: SynthesizeConfig) -> _Job:
     prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
     files = find_files(config.input)
-    model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config.model, what="model")
+    model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config, config.model, what="model")
     _check_length(config)
     settings = _settings(config, prompt_format, model)
-    return _Job(config=config, prompt_format=prompt_format, files=files, inputs=records(files), model=model, settings=settings)
+    inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
+    return _Job(config=config, prompt_format=prompt_format, files=files, inputs=inputs, model=model, settings=settings)
+
+
+def _fingerprints(config: SynthesizeConfig) -> Path:
+    """Where those of a large model and of large inputs are kept until the manifest has them."""
+    return config.output_dir / "fingerprints"
 
 
 def _check_length(config: SynthesizeConfig) -> None:
@@ -148,7 +157,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
         **{name: key for name in ("question_key", "pairs_key") if (key := getattr(config, name)) is not None},
         "prompt_format": prompt_format.fingerprint,
         "model": model,
-        "tokenizer": model if same_folder else _fingerprint(config.tokenizer_folder, what="tokenizer"),
+        "tokenizer": model if same_folder else _fingerprint(config, config.tokenizer_folder, what="tokenizer"),
         "revision": config.revision or (_SERVED if _is_only_named(config) else model[:12]),
         "script": None if config.script is None else sha256_of(config.script) if config.script.is_file() else str(config.script),
         **asdict(config.filtering),
@@ -157,13 +166,14 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
     }
 
 
-def _fingerprint(folder: Path, *, what: str) -> str:
+def _fingerprint(config: SynthesizeConfig, folder: Path, *, what: str) -> str:
     """Return one SHA-256 of all files of a model or tokenizer that decide what it says."""
     if not folder.is_dir():
         raise InputError(f"{what} {folder}: no such folder; give a folder in Hugging Face form, with config.json and tokenizer.json.")
     suffixes = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in suffixes and file.name != "manifest.json"]
-    return hashlib.sha256(json.dumps([[file.name, sha256_of(file)] for file in files]).encode()).hexdigest()
+    found = shared_records(files, _fingerprints(config), parse_share(config.share))
+    return hashlib.sha256(json.dumps([[file.name, one.sha256] for file, one in zip(files, found, strict=True)]).encode()).hexdigest()
 
 
 def _take_up(job: _Job, *, alone: bool) -> None:

@@ -14,7 +14,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_instruct"
 STAGE_LAYER = 3
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "records", "manifest", "files", "progress", "shares", "cluster", "pages", "index_format"), 0),
+    **dict.fromkeys(
+        ("errors", "config", "records", "manifest", "files", "progress", "shares", "fingerprints", "cluster", "pages", "index_format"), 0
+    ),
     **dict.fromkeys(("corpora", "prompt_formats", "templates", "tokenizer", "platform"), 1),
     **dict.fromkeys(("models", "planning"), 2),
     **dict.fromkeys(("tuning", "synthesis", "preprocessing", "training", "conversion", "evaluation"), STAGE_LAYER),

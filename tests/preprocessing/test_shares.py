@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_instruct import fingerprints
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.manifest import records
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.run import run
 from megatron_instruct.shares import Share, at_work
@@ -45,6 +47,22 @@ def test_shares_in_any_order_end_with_the_bytes_of_one_machine(tmp_path: Path, s
     assert content(tmp_path / "shared") == content(tmp_path / "one")
     again = run(PreprocessConfig(output_prefix=shared, share="1/3", **settings))
     assert again["text"].counts["documents"] > 0, "finished already"
+
+
+def test_a_large_input_is_fingerprinted_once_for_all_shares(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(PreprocessConfig(output_prefix=tmp_path / "one" / "a", **settings))
+    monkeypatch.setattr(fingerprints, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(fingerprints, "_SETTLED_NANOSECONDS", -(10**18))
+    read: list[Path] = []
+    monkeypatch.setattr(fingerprints, "records", lambda paths: [read.extend(paths), records(paths)][1])
+    shared = tmp_path / "shared" / "a"
+    for share in ("0/2", "1/2", None):
+        run(PreprocessConfig(output_prefix=shared, share=share, **settings))
+        assert shared.with_name("a.fingerprints").exists() == (share is not None)
+    assert read == [Path(settings["input"][0])]
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
 
 
 def test_a_run_that_only_merges_proves_nothing_and_starts_no_worker(

@@ -1,0 +1,101 @@
+"""SHA-256 of a stage's inputs, taken once however many runs ask for it: runs that go on, and shares on many machines.
+
+Comes in: files, and a folder that these runs share. Goes out: a FileRecord of each file. What was read is kept in the folder beside the
+size and the times that the file had, and holds for as long as it has them. Shares that begin together divide the files among them: each
+takes what nobody has in hand, and waits for the rest. Does not know: stages.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_instruct.errors import InputError
+from megatron_instruct.files import read_json, write_json
+from megatron_instruct.manifest import FileRecord, records
+from megatron_instruct.shares import Share
+
+_BATCH_BYTES = 1 << 28
+"""Files are taken in batches of at least so many bytes. What is smaller altogether is read every time, and nothing is kept."""
+_SETTLED_NANOSECONDS = 2 * 10**9
+"""What was changed so shortly before it was read may be changed once more without another time: that is not kept."""
+
+State = list[int]
+"""Size, time of the last change of the content and of the file, in nanoseconds."""
+
+
+def shared_records(files: Sequence[Path], folder: Path, share: Share | None) -> tuple[FileRecord, ...]:
+    """Return the fingerprint of each file, or raise InputError that names a file that is not there.
+
+    share: begins with a batch of its own.
+    """
+    batches = _batches(files)
+    if not batches:
+        return records(files)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = len(batches) * share.index // share.count if share is not None else 0
+    order = [*range(first, len(batches)), *range(first)]
+    found = {number: _records_of(batches[number], folder, wait=False) for number in order}
+    return tuple(
+        record for number in range(len(batches)) for record in found[number] or _records_of(batches[number], folder, wait=True) or ()
+    )
+
+
+def forget(folder: Path) -> None:
+    """Remove what is kept: the stage's manifest has it now."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _batches(files: Sequence[Path]) -> list[list[Path]]:
+    """Return the files in batches, the last of which may be small; none where they are small altogether."""
+    batches: list[list[Path]] = [[]]
+    size = 0
+    for file in files:
+        batches[-1].append(file)
+        size += _state(file)[0]
+        if size >= _BATCH_BYTES:
+            batches.append([])
+            size = 0
+    return [batch for batch in batches if batch] if len(batches) > 1 else []
+
+
+def _records_of(batch: Sequence[Path], folder: Path, *, wait: bool) -> tuple[FileRecord, ...] | None:
+    """Return the records of a batch; None where another run is about to take them, unless this one is to wait."""
+    place = folder / f"{hashlib.sha256('\0'.join(map(str, batch)).encode()).hexdigest()[:16]}.json"
+    if (kept := _kept(batch, place)) is not None:
+        return kept
+    with open(place.with_suffix(".lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        return _kept(batch, place) or _read(batch, place)
+
+
+def _kept(batch: Sequence[Path], place: Path) -> tuple[FileRecord, ...] | None:
+    with contextlib.suppress(InputError, KeyError, TypeError):
+        content: dict[str, Any] = read_json(place)
+        if content["states"] == list(map(_state, batch)):
+            return tuple(FileRecord(**one) for one in content["records"])
+    return None
+
+
+def _read(batch: Sequence[Path], place: Path) -> tuple[FileRecord, ...]:
+    states, began = list(map(_state, batch)), time.time_ns()
+    found = records(batch)
+    if list(map(_state, batch)) == states and all(began - max(changed) > _SETTLED_NANOSECONDS for _, *changed in states):
+        content = [{"path": one.path, "bytes": one.bytes, "sha256": one.sha256} for one in found]
+        write_json(place, {"states": states, "records": content})
+    return found
+
+
+def _state(file: Path) -> State:
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}.") from error
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
