@@ -17,6 +17,7 @@ from typing import Any
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json, write_json
 from megatron_instruct.manifest import FileRecord, records
+from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share
 
 _BATCH_BYTES = 1 << 28
@@ -39,10 +40,14 @@ def shared_records(files: Sequence[Path], folder: Path, share: Share | None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     first = len(batches) * share.index // share.count if share is not None else 0
     order = [*range(first, len(batches)), *range(first)]
-    found = {number: _records_of(batches[number], folder, wait=False) for number in order}
-    return tuple(
-        record for number in range(len(batches)) for record in found[number] or _records_of(batches[number], folder, wait=True) or ()
-    )
+    found: dict[int, tuple[FileRecord, ...]] = {}
+    with Progress("fingerprint", total=len(files), unit="files") as progress:
+        for wait in (False, True):
+            for number in [number for number in order if number not in found]:
+                if (taken := _records_of(batches[number], folder, wait=wait)) is not None:
+                    found[number] = taken
+                    progress.add(len(taken))
+    return tuple(record for number in range(len(batches)) for record in found[number])
 
 
 def forget(folder: Path) -> None:
