@@ -44,8 +44,8 @@ DICTIONARY_PAGE = 2000
 """Characters of dictionary entries that make a document."""
 SHORT_DOCUMENT = 90
 """Characters, rounded up to the end of a word."""
-SPECIAL = ("<s>", "</s>", "<unk>")
-"""Documents that spell one of these are left out: the tools that are compared do not agree about what it becomes."""
+SPECIAL = ("<s>", "</s>", "<unk>", "\0")
+"""Documents that hold one of these are left out: the tools that are compared do not agree about what it becomes, or ours refuses it."""
 _BLOCKS = frozenset(["p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "pre", "dt", "dd", "br", "table", "ul", "ol", "section"])
 _VOWELS = str.maketrans("aeiouAEIOU", "eiouaEIOUA")
 _WORD = re.compile(r"[A-Za-z]{5,}")
