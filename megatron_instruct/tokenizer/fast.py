@@ -23,7 +23,7 @@ _BATCH_CHARACTERS = 1 << 18
 _SHOWN_IDS = 12
 _MANY, _SHORT = 1024, 256
 """Texts, and their characters on average: so many so short ones are encoded at once."""
-_RENEWED_AFTER = 1 << 26
+_RENEWED_AFTER = 3 << 23
 """Characters after which gigatoken is loaded anew: what it remembers of words makes it faster, and would otherwise grow without end."""
 _PROBES = (
     "",
@@ -126,6 +126,7 @@ class FastTokenizer:
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         if self._encoded > _RENEWED_AFTER:
+            self._engine = None  # or the memory of two would be needed
             self._engine, self._encoded = _engine(self.form), 0
         characters = sum(map(len, texts))
         self._encoded += characters

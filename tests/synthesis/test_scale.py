@@ -1,7 +1,7 @@
 """Corpora of any size in the memory of a small one, by the benchmark's own measurement."""
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +11,10 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "synthesis_scal
 
 
 @pytest.fixture(scope="module")
-def scale() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(BENCHMARK.stem, BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[BENCHMARK.stem] = module = importlib.util.module_from_spec(spec)  # processes that are spawned find what they unpickle
-    spec.loader.exec_module(module)
-    return module
+def scale() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARK.parent))  # processes that are spawned import it, too
+        yield importlib.import_module(BENCHMARK.stem)
 
 
 @pytest.mark.slow  # three minutes
