@@ -108,6 +108,12 @@ def read_shard(folder: Path) -> ShardSummary | None:
     return ShardSummary(**read_json(folder / SUMMARY)) if (folder / SUMMARY).is_file() else None
 
 
+def has_answers(folder: Path) -> bool:
+    """Say whether the shard in `folder` is finished and some request of it was answered."""
+    summary = read_shard(folder)
+    return summary is not None and summary.counts.get("requests", 0) > summary.rejected.get("request failed", 0)
+
+
 def journal_of(folder: Path) -> Path:
     """Return where the finished requests of an unfinished shard are."""
     return folder.with_name(f"{folder.name}.journal")

@@ -17,7 +17,7 @@ from megatron_instruct.synthesis.intake import Texts
 from megatron_instruct.synthesis.prompts import load_prompts
 from megatron_instruct.synthesis.schedule import ColumnWork, Limits, Schedule, Usage
 from megatron_instruct.synthesis.second_pass import load_checks
-from megatron_instruct.synthesis.shard import Asking, ColumnResult, OpenShard, read_shard, work_on_column
+from megatron_instruct.synthesis.shard import Asking, ColumnResult, OpenShard, has_answers, read_shard, work_on_column
 from megatron_instruct.tokenizer import load_tokenizer
 
 INTAKE = "intake"
@@ -109,9 +109,10 @@ class Worker:
         """Raises EngineError when the engine is dead for good."""
         config = self._assignment.config
         limits = Limits(retries=config.retries, restarts=config.restarts, failures_in_a_row=config.failures_in_a_row)
-        schedule = Schedule(self._load_engine, limits, lambda usage: self._report(Report(usage=usage)))
         with Texts(self._assignment.folder / INTAKE) as self._texts:
             self._plan = ShardPlan(columns=ColumnPlan(len(self._texts), config.rounds), size=config.shard_size)
+            worked = any(has_answers(self._assignment.shard(number)) for number in range(len(self._plan)))
+            schedule = Schedule(self._load_engine, limits, lambda usage: self._report(Report(usage=usage)), worked_before=worked)
             try:
                 schedule.run(self._next_column, lambda: len(self._columns) if self._last_is_open else None)
             finally:

@@ -187,6 +187,17 @@ def test_an_engine_that_fails_everything_is_told_however_few_fail_at_a_time(
     journal.close()
 
 
+def test_a_run_whose_rest_fails_ends_as_an_undisturbed_one(bench: Any, synthesize: Callable[..., tuple[int, str]]) -> None:
+    """Every second text fails: the first share has all that succeeds, and the run that goes on meets nothing but failures."""
+    corpus = bench.corpus(8)
+    bench.script(failures={f"t{number:03d}": 9 for number in range(1, 8, 2)})
+    settings = {"rounds": 1, "shard_size": 1, "failures_in_a_row": 9}
+    assert synthesize(corpus, "whole", **settings)[0] == 0
+    assert synthesize(corpus, "shares", share="0/2", **settings)[0] == 0
+    assert synthesize(corpus, "shares", **settings)[0] == 0
+    assert bench.outputs("shares")["rejects.jsonl"] == bench.outputs("whole")["rejects.jsonl"]
+
+
 def test_single_failures_do_not_stop_the_run(journal: Journal) -> None:
     names = [(f"{number}-", 1) for number in range(40)]
     failing = [f"{number}-0" for number in range(40) if number % 4]
