@@ -6,6 +6,7 @@ takes what nobody has in hand, and waits for the rest. Does not know: stages.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import shutil
@@ -93,8 +94,7 @@ def _read(batch: Sequence[Path], place: Path) -> tuple[FileRecord, ...]:
     states, began = list(map(_state, batch)), time.time_ns()
     found = records(batch)
     if list(map(_state, batch)) == states and all(began - max(changed) > _SETTLED_NANOSECONDS for _, *changed in states):
-        content = [{"path": one.path, "bytes": one.bytes, "sha256": one.sha256} for one in found]
-        write_json(place, {"states": states, "records": content})
+        write_json(place, {"states": states, "records": list(map(dataclasses.asdict, found))})
     return found
 
 

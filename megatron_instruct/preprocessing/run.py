@@ -53,11 +53,6 @@ class _Job:
         """Where unfinished work is."""
         return self.config.output_prefix.with_name(self.config.output_prefix.name + ".parts")
 
-    @property
-    def fingerprints(self) -> Path:
-        """Where those of large inputs are kept until the manifest has them."""
-        return _fingerprints(self.config)
-
     def prefixes(self) -> dict[str, Path]:
         return {key: self.config.prefix(key) for key in self.config.json_keys}
 
@@ -85,7 +80,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     started = time.monotonic()
     job = _resolve(config)
     if (done := _finished(job)) is not None and not job.folder.exists():
-        forget(job.fingerprints)
+        forget(_fingerprints(config))
         return done
     before = _states(job.files)
     share = parse_share(config.share)
@@ -109,7 +104,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
         if share is None:
             remove_folder(job.folder)
-    forget(job.fingerprints)
+    forget(_fingerprints(config))
     return done
 
 
@@ -139,6 +134,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
 
 
 def _fingerprints(config: PreprocessConfig) -> Path:
+    """Where those of large inputs are kept until the manifest has them."""
     return config.output_prefix.with_name(config.output_prefix.name + ".fingerprints")
 
 

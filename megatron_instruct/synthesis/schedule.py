@@ -155,9 +155,10 @@ class Schedule:
             try:
                 requests = next(column.steps) if completions is None else column.steps.send(completions)
             except StopIteration as end:
-                self._results.append(partial(column.done, end.value))
-                if not self._told:
-                    self._hand_over()
+                if self._told:
+                    self._results.append(partial(column.done, end.value))
+                else:
+                    column.done(end.value)
                 return
             waiting = _Waiting(column, step, [column.journal.take(request) for request in requests])
             self._any_success |= any(known is not None and known.error is None for known in waiting.completions)
@@ -222,7 +223,9 @@ class Schedule:
         self._suspects, self._told = [], 0
         for question, completion in suspects:
             self._write(question, completion)
-        self._hand_over()
+        results, self._results = self._results, []
+        for done in results:
+            done()
         for question, completion in suspects[told:]:
             self._answer(question, completion)
 
@@ -230,11 +233,6 @@ class Schedule:
         if not self._any_success and len(self._suspects) >= _TELLING:
             raise EngineError(f"every one of {len(self._suspects)} requests failed, the last with: {self._suspects[-1][1].error}")
         self._settle()
-
-    def _hand_over(self) -> None:
-        results, self._results = self._results, []
-        for done in results:
-            done()
 
     def _write(self, question: _Question, completion: Completion) -> None:
         """Write a final answer down."""

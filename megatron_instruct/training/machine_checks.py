@@ -1,7 +1,7 @@
 """What the model is built with, and whether this machine and megatron-core can: said before processes meet and a GPU is taken."""
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
@@ -27,17 +27,6 @@ def build_options(config: PretrainConfig) -> BuildOptions:
         transformer_config={**config.model.extra_settings, **fp8_fields(config.fp8)},
         fuse_weight_gradients=not config.parallel.use_megatron_fsdp,
     )
-
-
-def keep_order_of_kernels(options: ParallelOptions, environment: MutableMapping[str, str]) -> None:
-    """Let a GPU start its kernels in the order they are asked for, where tensor or context ranks communicate while they compute.
-
-    Before Blackwell, megatron-core's overlap of the two relies on it, and Megatron-LM refuses to run without (megatron-core 0.19.2,
-    tensor_parallel/layers.py). Read when CUDA is initialised, so this comes first; what the user set stays.
-    """
-    overlaps = options.tensor_model_parallel_size > 1 or options.context_parallel_size > 1
-    if overlaps and not options.use_megatron_fsdp:
-        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def check_connections(options: ParallelOptions, environment: Mapping[str, str], *, is_cuda: bool) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_instruct.errors import LostProcessError
 from megatron_instruct.files import atomic_folder, atomic_write, locked
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON, StoppedEarly
 
 SETTINGS = "settings.yaml"
@@ -69,6 +70,7 @@ def run(config: PretrainConfig) -> None:
 
         print(describe(config))
         return
+    keep_order_of_kernels(config.parallel, os.environ)
     from megatron_instruct.platform import noise
 
     config.optimizer.check_installed()
@@ -89,9 +91,8 @@ def run(config: PretrainConfig) -> None:
         return
     check_same_run(config, start, identity)
     from megatron_instruct.platform import device
-    from megatron_instruct.training.machine_checks import check_machine, keep_order_of_kernels
+    from megatron_instruct.training.machine_checks import check_machine
 
-    keep_order_of_kernels(config.parallel, os.environ)
     check_machine(config, start.architecture, layout, device.current())
     speaks_for_all = os.environ.get("RANK", "0") == "0"
     with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
@@ -99,6 +100,18 @@ def run(config: PretrainConfig) -> None:
             with atomic_write(config.checkpoint.save / SETTINGS) as stream:
                 stream.write(as_yaml(config))
         _train(config, start, layout, plan, sources, identity)
+
+
+def keep_order_of_kernels(options: ParallelOptions, environment: MutableMapping[str, str]) -> None:
+    """Let a GPU start its kernels in the order they are asked for, where tensor or context ranks communicate while they compute.
+
+    Before Blackwell, megatron-core's overlap of the two relies on it, and Megatron-LM refuses to run without (megatron-core 0.19.2,
+    tensor_parallel/layers.py). It is read when CUDA is initialised, which importing Transformer Engine may do: so this comes before any
+    import. What the user set stays.
+    """
+    overlaps = options.tensor_model_parallel_size > 1 or options.context_parallel_size > 1
+    if overlaps and not options.use_megatron_fsdp:
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 @contextlib.contextmanager

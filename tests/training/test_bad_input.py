@@ -125,7 +125,7 @@ def test_gathering_beside_one_connection_to_the_gpu_is_refused() -> None:
     ],
 )
 def test_kernels_keep_their_order_where_ranks_communicate_while_they_compute(settings: dict[str, Any], wanted: str | None) -> None:
-    from megatron_instruct.training.machine_checks import keep_order_of_kernels
+    from megatron_instruct.training.run import keep_order_of_kernels
     from megatron_instruct.training.settings.parallel import ParallelOptions
 
     environment: dict[str, str] = {}
