@@ -5,8 +5,8 @@ Each side lives in a process of its own and is idle while the other one works; t
 whatever else the machine does meets both alike. The last line is JSON with the medians and their ratio (above 1: ours is faster).
 
 Ours is what tools/pretrain.py runs each iteration (compute_gradients and update of training.step, on one process); the other side is
-LlamaForCausalLM with scaled_dot_product_attention, gradient accumulation, clipping, and torch's fused AdamW. In each turn the peak of the machine is
-measured, too, by products of square matrices with as many threads; its share is of the model's operations, medians of both.
+LlamaForCausalLM with scaled_dot_product_attention, gradient accumulation, clipping, and torch's fused AdamW. In each turn the peak of the
+machine is measured, too, by products of square matrices with as many threads; its share is of the model's operations, medians of both.
 """
 
 import argparse
