@@ -27,7 +27,7 @@ find_python() {
 }
 
 stamp=.venv/.complete
-wanted="$profile $(cat requirements/base.txt "requirements/$profile.txt" requirements/install.sh setup.py | sha256sum | cut -d' ' -f1) $PWD"
+wanted="$profile $(cat requirements/base.txt "requirements/$profile.txt" requirements/install.sh setup.py megatron_instruct/tokenizer/_segments.c | sha256sum | cut -d' ' -f1) $PWD"
 if [ -x .venv/bin/python ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 python=$(find_python) || fail "no Python 3.12 or 3.13 with venv found; install one (apt-get install python3.12-venv, \

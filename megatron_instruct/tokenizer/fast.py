@@ -5,6 +5,7 @@ alone; everything else stays with the library. The proof compares the ids of eve
 tokenizer's special tokens or hold what tokenizers differ in. Does not know: files of the input, workers.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
 from megatron_instruct.tokenizer.flat import Ends, FlatTokens, token_dtype
 from megatron_instruct.tokenizer.protocol import Tokenizer
+from megatron_instruct.tokenizer.segments import SegmentTable, compiled, safe_cuts
 
 FastChoice = Literal["auto", "gigatoken", "none"]
 _BATCH_CHARACTERS = 1 << 18
@@ -68,6 +71,8 @@ def with_fast_backend(
         reason = str(error)
     if reason is None:
         size = sum(len(text.encode()) for text in sample)
+        if fast.why_no_segments is not None:
+            report(f"Texts are encoded more slowly than they could be: {fast.why_no_segments}.")
         facts = {"backend": f"gigatoken {metadata.version('gigatoken')}", "proved_texts": len(sample), "proved_bytes": size}
         return Backend(tokenizer=fast, form=fast.form, facts=facts)
     if choice == "gigatoken":
@@ -102,8 +107,9 @@ def _engine(form: str) -> Any:
 class FastTokenizer:
     """A tokenizer whose encode_flat runs in gigatoken.
 
-    Texts are encoded one by one: gigatoken then keeps what it found out about words, and its batches need the package awkward, which
-    takes longer to import than everything else that a worker needs. Of many short texts a batch is faster nevertheless.
+    Where texts may be cut into segments (segments.py), gigatoken encodes each segment once. Else texts are encoded one by one: gigatoken
+    then keeps what it found out about words, and its batches need the package awkward, which takes longer to import than everything else
+    that a worker needs. Of many short texts a batch is faster nevertheless.
     """
 
     def __init__(self, library: Any, form: str) -> None:
@@ -115,6 +121,14 @@ class FastTokenizer:
         self.bos: int | None = library.bos
         self.fingerprint: str = library.fingerprint
         self._dtype = token_dtype(self.vocab_size)
+        cuts, library_of_segments = safe_cuts(json.loads(form)), compiled()
+        self._segments: SegmentTable | None = None
+        self.why_no_segments: str | None = None
+        """Set where segments could be used but are not."""
+        if cuts is not None and library_of_segments is not None:
+            self._segments = SegmentTable(library_of_segments, cuts, self._encode)
+        elif cuts is not None:
+            self.why_no_segments = "megatron_instruct/tokenizer/_segments.c is not compiled; run make setup where a C compiler (gcc) is"
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)
@@ -125,22 +139,34 @@ class FastTokenizer:
         return ids
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
+        if self._segments is not None:
+            found, lengths = self._segments.encode(texts)
+            flat = FlatTokens(ids=found.astype(self._dtype), lengths=lengths, ends=None)
+        elif len(texts) >= _MANY and sum(map(len, texts)) < _SHORT * len(texts):
+            flat = self._at_once(texts)
+        else:
+            flat = self._one_by_one(texts)
+        return self._library.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+
+    def _renewed(self, characters: int) -> Any:
+        """Return gigatoken's tokenizer, for that many characters more."""
         if self._encoded > _RENEWED_AFTER:
             self._engine = None  # or the memory of two would be needed
             self._engine, self._encoded = _engine(self.form), 0
-        characters = sum(map(len, texts))
         self._encoded += characters
-        short = len(texts) >= _MANY and characters < _SHORT * len(texts)
-        flat = self._at_once(texts) if short else self._one_by_one(texts)
-        return self._library.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        return self._engine
+
+    def _encode(self, text: str) -> npt.NDArray[Any]:
+        return np.asarray(self._renewed(len(text)).backend.encode(text))
 
     def _one_by_one(self, texts: Sequence[str]) -> FlatTokens:
-        found = list(map(self._engine.backend.encode, texts))
+        found = list(map(self._encode, texts))
         ids = np.concatenate(found, dtype=self._dtype, casting="unsafe") if found else np.empty(0, self._dtype)
         return FlatTokens(ids=ids, lengths=np.fromiter(map(len, found), dtype=np.int32, count=len(found)), ends=None)
 
     def _at_once(self, texts: Sequence[str]) -> FlatTokens:
-        layout = self._engine.encode_batch(list(texts), parallel=False).layout  # one process, one core
+        engine = self._renewed(sum(map(len, texts)))
+        layout = engine.encode_batch(list(texts), parallel=False).layout  # one process, one core
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self._dtype)
         return FlatTokens(ids=ids, lengths=np.diff(offsets).astype(np.int32), ends=None)

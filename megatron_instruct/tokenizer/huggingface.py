@@ -12,6 +12,7 @@ from typing import Any
 from megatron_instruct.errors import InputError, MissingPackageError
 from megatron_instruct.files import read_json
 from megatron_instruct.tokenizer.flat import NO_TEXT, Ends, FlatTokens, Spelling, ends_of_characters, flat_tokens, piece_bytes
+from megatron_instruct.tokenizer.segments import PREPENDED
 from megatron_instruct.tokenizer.special_tokens import eod_id, fingerprint, generation_eos, special_names
 
 
@@ -75,10 +76,6 @@ class HuggingFaceTokenizer:
         return text
 
 
-_PREPENDED = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-"""The normalizers of a converted sentencepiece model that changes no text."""
-
-
 def _steps(content: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """Return the normalizers or pre-tokenizers of a tokenizer, those of a sequence one by one."""
     step: dict[str, Any] | None = content.get(key)
@@ -102,7 +99,7 @@ def _prefix(content: dict[str, Any]) -> int | None:
     if not normalizers and kinds[-1:] == ["ByteLevel"] and {*kinds} <= {"ByteLevel", "Split", "Digits"}:
         return None if any(cut.get("add_prefix_space") for cut in cuts) else 0
     added = any(not token["special"] for token in content.get("added_tokens") or ())  # each would begin another prefixed piece of text
-    return 1 if normalizers == _PREPENDED and not cuts and not added else None
+    return 1 if normalizers == PREPENDED and not cuts and not added else None
 
 
 def _pieces(vocabulary: Mapping[str, int], vocab_size: int, letters: Mapping[str, int], unknown: str | None) -> list[bytes]:

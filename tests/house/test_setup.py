@@ -9,13 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("bash", "dirname", "cat", "sha256sum", "cut", "df", "awk", "grep", "rm", "head")
+COMPILED = "megatron_instruct/tokenizer/_segments.c"
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """The files that set-up reads, and a PATH with the usual commands but no Python."""
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
-    shutil.copyfile(ROOT / "setup.py", tmp_path / "setup.py")
+    for name in ("setup.py", COMPILED):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
     for name in COMMANDS:
         found = shutil.which(name)
@@ -57,7 +60,11 @@ def test_a_finished_set_up_is_left_alone(project: Path) -> None:
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "python").symlink_to("/bin/false")
     stamp = subprocess.run(
-        ["bash", "-c", "cat requirements/base.txt requirements/cpu.txt requirements/install.sh setup.py | sha256sum | cut -d' ' -f1"],
+        [
+            "bash",
+            "-c",
+            f"cat requirements/base.txt requirements/cpu.txt requirements/install.sh setup.py {COMPILED} | sha256sum | cut -d' ' -f1",
+        ],
         cwd=project,
         capture_output=True,
         text=True,

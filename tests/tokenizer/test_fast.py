@@ -161,20 +161,28 @@ def test_kinds_without_a_form_and_a_missing_package_fall_back_or_are_named(
     assert with_fast_backend(mistral, ["x"], choice="none").facts == {"backend": "library", "reason": "asked for"}
 
 
+def without_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "compiled", lambda: None)
+
+
+@pytest.mark.parametrize("segments", [True, False])
 def test_gigatoken_is_loaded_anew_after_so_many_characters_and_gives_the_same_ids(
-    mistral: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    mistral: Tokenizer, monkeypatch: pytest.MonkeyPatch, *, segments: bool
 ) -> None:
-    monkeypatch.setattr(fast, "_RENEWED_AFTER", 100)
+    if not segments:
+        without_segments(monkeypatch)
+    monkeypatch.setattr(fast, "_RENEWED_AFTER", 20)
     tokenizer = fast_tokenizer(mistral)
     engine = tokenizer._engine
-    for texts in (["a word " * 10], ["another " * 10, ""], ["a word", "ähnlich"]):
+    for texts in (["a word " * 10], ["another one, unlike those before it", ""], ["a word", "ähnlich"]):
         expected, found = mistral.encode_flat(texts), tokenizer.encode_flat(texts)
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.lengths.tolist() == expected.lengths.tolist()
     assert tokenizer._engine is not engine
 
 
-def test_many_short_texts_get_the_ids_that_they_get_one_by_one(mistral: Tokenizer) -> None:
+def test_many_short_texts_get_the_ids_that_they_get_one_by_one(mistral: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_segments(monkeypatch)
     texts = [f"{number} Wörter, 漢字" * (number % 3) for number in range(2000)]
     assert len(texts) > fast._MANY
     at_once, single = (fast_tokenizer(mistral).encode_flat(texts[:count]) for count in (2000, 1000))
