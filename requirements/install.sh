@@ -53,6 +53,9 @@ if [ "$profile" = gpu ]; then
     NVTE_FRAMEWORK=pytorch CPATH="$include${CPATH:+:$CPATH}" \
         pip install --no-build-isolation --no-deps transformer-engine-torch==2.20.2 || fail "Transformer Engine did not build; $remedy"
 fi
-pip install --no-deps --no-build-isolation -e . || fail "the project itself could not be installed; $remedy"
+rm -f megatron_instruct/tokenizer/_segments.*.so # or an old one would stay where the new one does not compile
+pip install --no-deps --no-build-isolation -e . 2> .venv/install.log || { cat .venv/install.log >&2; fail "the project itself could not be installed; $remedy"; }
+compgen -G "megatron_instruct/tokenizer/_segments.*.so" >/dev/null || echo "setup: warning: megatron_instruct/tokenizer/_segments.c did not \
+compile, so that texts are tokenized at half the speed; install gcc and run 'rm $stamp && make setup'." >&2
 echo "$wanted" > $stamp.partial && mv $stamp.partial $stamp
 echo "setup: done; the tools are in tools/, with .venv/bin/python"

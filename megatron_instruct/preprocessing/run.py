@@ -31,7 +31,7 @@ from megatron_instruct.preprocessing.workspace import plan_of, take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
-from megatron_instruct.tokenizer.fast import Backend, with_fast_backend
+from megatron_instruct.tokenizer.fast import Backend, FastForm, with_fast_backend
 
 _SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
 
@@ -69,7 +69,7 @@ class _Plan:
     """Those of them that are not encoded yet."""
     encoding: Mapping[str, Any]
     """What the manifest says of the backend."""
-    fast_form: str | None
+    fast_form: FastForm | None
     """What workers encode with, see WorkerSetup; nothing where no part is left."""
     team: Team | None
     """Workers under way; None where no part is left, or where Ray has its own."""
@@ -156,11 +156,19 @@ def _finished(job: _Job) -> dict[str, Manifest] | None:
     return done
 
 
-def _proved_backend(job: _Job) -> Backend:
-    """Return what encodes: the tokenizer's library, or what was proved to give the same ids for a sample of the very input."""
+def _proved_backend(job: _Job, team: Team | None) -> Backend:
+    """Return what encodes: the tokenizer's library, or what was proved to give the same ids for a sample of the very input.
+
+    team: loads meanwhile what is to be proved.
+    """
+
+    def to_be_proved(form: FastForm) -> None:
+        if team is not None:
+            team.set_up(_worker_setup(job, form))
+
     config = job.config
     sample = sample_texts(job.files, DocumentMaker(config.json_keys, job.render)) if config.fast_tokenizer != "none" else []
-    return with_fast_backend(job.tokenizer, sample, choice=config.fast_tokenizer)
+    return with_fast_backend(job.tokenizer, sample, choice=config.fast_tokenizer, to_be_proved=to_be_proved)
 
 
 def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _Plan:
@@ -183,7 +191,7 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
     if left:
         if job.config.executor == "local":
             team = stack.enter_context(started_team(min(job.config.workers, len(left))))
-        backend = _proved_backend(job)
+        backend = _proved_backend(job, team)
         form = backend.form
         if encoding.get("backend") != backend.facts["backend"]:
             encoding = backend.facts
@@ -230,7 +238,7 @@ def _encode(job: _Job, plan: _Plan) -> None:
             encode_parts_on_ray(left, setup, address=job.config.ray_address, report=progress.add)
 
 
-def _worker_setup(job: _Job, fast_form: str | None) -> WorkerSetup:
+def _worker_setup(job: _Job, fast_form: FastForm | None) -> WorkerSetup:
     config = job.config
     return WorkerSetup(
         tokenizer_path=config.tokenizer_model,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -21,8 +22,8 @@ import megatron_instruct
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.errors import Failure, InputError, MegatronInstructError
 from megatron_instruct.preprocessing.encode import EncodeOptions, PartEncoder
-from megatron_instruct.tokenizer import load_tokenizer
-from megatron_instruct.tokenizer.fast import fast_tokenizer
+from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
+from megatron_instruct.tokenizer.fast import FastForm, FastTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class WorkerSetup:
     tokenizer_path: Path
     fingerprint: str
     """That of the tokenizer as the parent process loaded it."""
-    fast_form: str | None
-    """The tokenizer in the form of gigatoken, which the parent process has proved to give the same ids; None: the library encodes."""
+    fast_form: FastForm | None
+    """What the parent process has proved to give the same ids; None: the library encodes."""
     options: EncodeOptions
     log_interval: int
     """Documents between two reports."""
@@ -68,6 +69,19 @@ class Team:
 
     def __init__(self, workers: list[_Worker]) -> None:
         self._workers = workers
+        self._setup: WorkerSetup | None = None
+        self._sending = ThreadPoolExecutor(max_workers=1)
+        self._sent: Future[None] | None = None
+
+    def set_up(self, setup: WorkerSetup) -> None:
+        """Let workers load what they need while this process goes on; another set-up may follow, which takes the place of this one."""
+        if setup != self._setup:
+            self._sent = self._sending.submit(self._send_to_all, setup)  # not done before a worker reads, which it does once it is loaded
+        self._setup = setup
+
+    def _send_to_all(self, setup: WorkerSetup) -> None:
+        for worker in self._workers:
+            _send(worker, setup)
 
     def encode_parts(self, work: Mapping[Path, Part], setup: WorkerSetup, *, report: Callable[[int], None]) -> None:
         """Encode each part into its folder. report: called with the number of documents done since the last call. To be called once.
@@ -75,8 +89,9 @@ class Team:
         Raises the first error of a worker, and MegatronInstructError for a worker that died.
         """
         waiting = [_Work(part, folder) for folder, part in reversed(list(work.items()))]
-        for worker in self._workers:
-            _send(worker, setup)
+        self.set_up(setup)
+        assert self._sent is not None, "a set-up was sent"
+        self._sent.result()
         for worker in self._workers:
             _hand_out(worker, waiting)
         while any(worker.part for worker in self._workers):
@@ -89,6 +104,16 @@ class Team:
                     _hand_out(worker, waiting)
         for worker in self._workers:
             worker.process.wait()
+
+    def stop(self) -> None:
+        """Stop the workers that are still at work."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+        self._sending.shutdown()
+        for worker in self._workers:
+            worker.connection.close()
+            os.close(worker.lifeline)
 
 
 def _hand_out(worker: _Worker, waiting: list[_Work]) -> None:
@@ -136,17 +161,14 @@ def started_team(count: int) -> Iterator[Team]:
 
     They load while this process goes on; those still at work when the block ends are stopped.
     """
-    team: list[_Worker] = []
+    workers: list[_Worker] = []
+    team = Team(workers)
     try:
         for number in range(count):
-            team.append(_start(number))
-        yield Team(team)
+            workers.append(_start(number))
+        yield team
     finally:
-        for worker in team:
-            worker.process.kill()
-            worker.process.wait()
-            worker.connection.close()
-            os.close(worker.lifeline)
+        team.stop()
 
 
 def _start(number: int) -> _Worker:
@@ -172,27 +194,21 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def work(connection_descriptor: int, lifeline: int) -> None:
-    """A worker's life: one part after another until it is handed None."""
+    """A worker's life: it is set up, once or again, and encodes one part after another until it is handed None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     connection: Connection[Any, Any] = Connection(connection_descriptor)
-    setup: WorkerSetup = connection.recv()
     task: _Work | None = None
     try:
-        encoder = make_encoder(setup)
-        while (task := connection.recv()) is not None:
-            pending = 0
-
-            def report(documents: int) -> None:
-                nonlocal pending
-                pending += documents
-                if pending >= setup.log_interval:
-                    connection.send(_Report(pending, finished=False))
-                    pending = 0
-
-            encoder.encode(task.part, task.folder, report)
-            connection.send(_Report(pending, finished=True))
+        while (message := connection.recv()) is not None:
+            if isinstance(message, WorkerSetup):
+                setup, encoder = message, _encoder_or_error(message)
+                continue
+            task = message
+            if isinstance(encoder, MegatronInstructError):
+                raise encoder
+            _encode(encoder, task, connection, setup.log_interval)
     except MegatronInstructError as error:
         connection.send(Failure(type(error), str(error)))
     except OSError as error:
@@ -200,12 +216,39 @@ def work(connection_descriptor: int, lifeline: int) -> None:
         connection.send(Failure(OSError, f"{error}{where}"))
 
 
+def _encode(encoder: PartEncoder, task: _Work, connection: "Connection[Any, Any]", log_interval: int) -> None:
+    pending = 0
+
+    def report(documents: int) -> None:
+        nonlocal pending
+        pending += documents
+        if pending >= log_interval:
+            connection.send(_Report(pending, finished=False))
+            pending = 0
+
+    encoder.encode(task.part, task.folder, report)
+    connection.send(_Report(pending, finished=True))
+
+
+def _encoder_or_error(setup: WorkerSetup) -> PartEncoder | MegatronInstructError:
+    """Return the encoder, or what is wrong with a set-up that may never be used."""
+    try:
+        return make_encoder(setup)
+    except MegatronInstructError as error:
+        return error
+
+
 def make_encoder(setup: WorkerSetup) -> PartEncoder:
-    """Load the tokenizer; InputError where it is another one than the parent process loaded."""
-    tokenizer = load_tokenizer(setup.tokenizer_path)
-    if tokenizer.fingerprint != setup.fingerprint:
-        raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
-    return PartEncoder(tokenizer if setup.fast_form is None else fast_tokenizer(tokenizer, setup.fast_form), setup.options)
+    """Return what encodes parts. The tokenizer's library, where it is needed, must be as the parent process loaded it, or InputError."""
+
+    def library() -> Tokenizer:
+        tokenizer = load_tokenizer(setup.tokenizer_path)
+        if tokenizer.fingerprint != setup.fingerprint:
+            raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
+        return tokenizer
+
+    form = setup.fast_form
+    return PartEncoder(library() if form is None else FastTokenizer(form, library), setup.options)
 
 
 def _end_with_parent(lifeline: int) -> None:

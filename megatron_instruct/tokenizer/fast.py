@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
 from megatron_instruct.tokenizer.flat import Ends, FlatTokens, token_dtype
 from megatron_instruct.tokenizer.protocol import Tokenizer
-from megatron_instruct.tokenizer.segments import SegmentTable, compiled, safe_cuts
+from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
 
 FastChoice = Literal["auto", "gigatoken", "none"]
 _BATCH_CHARACTERS = 1 << 18
@@ -42,28 +43,65 @@ _PROBES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class FastForm:
+    """All that encoding takes, without the tokenizer's own library."""
+
+    content: str
+    """The tokenizer in gigatoken's own form."""
+    cuts: Cuts | None
+    """Where texts may be cut into segments; None where nothing is known of it."""
+    kind: str
+    vocab_size: int
+    eod: int
+    bos: int | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "FastForm":
+        """Raises NoFastFormError where gigatoken has no form of the tokenizer."""
+        content = fast_form(tokenizer)
+        return cls(
+            content=content,
+            cuts=safe_cuts(json.loads(content)),
+            kind=tokenizer.kind,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            bos=tokenizer.bos,
+            fingerprint=tokenizer.fingerprint,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backend:
     """The tokenizer to encode with, and what a manifest should say of it."""
 
     tokenizer: Tokenizer
-    form: str | None
-    """The tokenizer in gigatoken's own form, for other processes; None where the library encodes."""
+    form: "FastForm | None"
+    """For other processes; None where the library encodes."""
     facts: dict[str, Any]
     """backend: "gigatoken 0.10.0" or "library"; with gigatoken the size of the proof, else the reason why it is not used."""
 
 
 def with_fast_backend(
-    tokenizer: Tokenizer, sample: Sequence[str], *, choice: FastChoice = "auto", report: Callable[[str], None] = print
+    tokenizer: Tokenizer,
+    sample: Sequence[str],
+    *,
+    choice: FastChoice = "auto",
+    report: Callable[[str], None] = print,
+    to_be_proved: Callable[[FastForm], None] = lambda form: None,
 ) -> Backend:
     """Return `tokenizer` with gigatoken behind encode_flat where that is proved to give the same ids for `sample`.
 
     choice: "auto" keeps the library, and reports why, where gigatoken is missing, has no form of the tokenizer or gives other ids;
     "gigatoken" raises MissingPackageError or ConfigError then; "none" keeps the library.
+    to_be_proved: called before the proof, so that other processes can load the form meanwhile.
     """
     if choice == "none":
         return Backend(tokenizer=tokenizer, form=None, facts={"backend": "library", "reason": "asked for"})
     try:
-        fast = FastTokenizer(tokenizer, fast_form(tokenizer))
+        form = FastForm.of(tokenizer)
+        to_be_proved(form)
+        fast = FastTokenizer(form, lambda: tokenizer)
         reason = difference(tokenizer, fast, sample)
     except (NoFastFormError, MissingPackageError) as error:
         if choice == "gigatoken" and isinstance(error, MissingPackageError):
@@ -74,21 +112,20 @@ def with_fast_backend(
         if fast.why_no_segments is not None:
             report(f"Texts are encoded more slowly than they could be: {fast.why_no_segments}.")
         facts = {"backend": f"gigatoken {metadata.version('gigatoken')}", "proved_texts": len(sample), "proved_bytes": size}
-        return Backend(tokenizer=fast, form=fast.form, facts=facts)
+        return Backend(tokenizer=fast, form=form, facts=facts)
     if choice == "gigatoken":
         raise ConfigError(f"fast_tokenizer='gigatoken' is refused: {reason}; use --fast-tokenizer none.")
     report(f"gigatoken is not used, the slower library is: {reason}.")
     return Backend(tokenizer=tokenizer, form=None, facts={"backend": "library", "reason": reason})
 
 
-def fast_tokenizer(tokenizer: Tokenizer, form: str | None = None) -> "FastTokenizer":
-    """Return `tokenizer` with gigatoken behind encode_flat, unproved: for processes whose parent has proved it.
+def fast_tokenizer(tokenizer: Tokenizer) -> "FastTokenizer":
+    """Return `tokenizer` with gigatoken behind encode_flat, unproved.
 
-    form: the tokenizer in gigatoken's own form, which takes long to make. Raises MissingPackageError, or ConfigError where gigatoken has
-    no form of the tokenizer.
+    Raises MissingPackageError, or ConfigError where gigatoken has no form of the tokenizer.
     """
     try:
-        return FastTokenizer(tokenizer, form or fast_form(tokenizer))
+        return FastTokenizer(FastForm.of(tokenizer), lambda: tokenizer)
     except NoFastFormError as error:
         raise ConfigError(f"fast_tokenizer='gigatoken' is refused: {error}; use --fast-tokenizer none.") from error
 
@@ -112,23 +149,25 @@ class FastTokenizer:
     that a worker needs. Of many short texts a batch is faster nevertheless.
     """
 
-    def __init__(self, library: Any, form: str) -> None:
-        self._library, self.form = library, form
-        self._engine, self._encoded = _engine(form), 0
-        self.kind: str = library.kind
-        self.vocab_size: int = library.vocab_size
-        self.eod: int = library.eod
-        self.bos: int | None = library.bos
-        self.fingerprint: str = library.fingerprint
+    def __init__(self, form: FastForm, load: Callable[[], Any]) -> None:
+        """load: return the tokenizer with its own library; called when it is first needed."""
+        self._form, self._load = form, load
+        self._engine, self._encoded = _engine(form.content), 0
+        self.kind, self.vocab_size, self.fingerprint = form.kind, form.vocab_size, form.fingerprint
+        self.eod, self.bos = form.eod, form.bos
         self._dtype = token_dtype(self.vocab_size)
-        cuts, library_of_segments = safe_cuts(json.loads(form)), compiled()
+        library_of_segments = compiled()
         self._segments: SegmentTable | None = None
         self.why_no_segments: str | None = None
         """Set where segments could be used but are not."""
-        if cuts is not None and library_of_segments is not None:
-            self._segments = SegmentTable(library_of_segments, cuts, self._encode)
-        elif cuts is not None:
+        if form.cuts is not None and library_of_segments is not None:
+            self._segments = SegmentTable(library_of_segments, form.cuts, self._encode)
+        elif form.cuts is not None:
             self.why_no_segments = "megatron_instruct/tokenizer/_segments.c is not compiled; run make setup where a C compiler (gcc) is"
+
+    @cached_property
+    def _library(self) -> Any:
+        return self._load()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)
@@ -152,7 +191,7 @@ class FastTokenizer:
         """Return gigatoken's tokenizer, for that many characters more."""
         if self._encoded > _RENEWED_AFTER:
             self._engine = None  # or the memory of two would be needed
-            self._engine, self._encoded = _engine(self.form), 0
+            self._engine, self._encoded = _engine(self._form.content), 0
         self._encoded += characters
         return self._engine
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.errors import MissingPackageError
+from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.files import read_json
 from megatron_instruct.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_instruct.tokenizer.protocol import Tokenizer
@@ -21,7 +21,7 @@ _NORMAL, _USER_DEFINED = 1, 4
 _BPE = 2
 
 
-class NoFastFormError(Exception):
+class NoFastFormError(ConfigError):
     """The tokenizer is of a kind that gigatoken has no form for; the message says which."""
 
 

@@ -22,7 +22,7 @@ from megatron_instruct.tokenizer.flat import piece_bytes
 
 _SLOTS = 1 << 21
 """Of the table, which remembers three quarters as many segments in 64 to 100 MB."""
-_AT_ONCE = 1 << 15
+_AT_ONCE = 1 << 16
 """Segments that are looked up before their ids are written down."""
 _PADDING = b"\0" * 16
 _SPACE_LIKE = "▁"
@@ -34,8 +34,8 @@ PREPENDED = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern
 class Cuts:
     """Where texts may be cut."""
 
-    joins: npt.NDArray[np.bool_]
-    """[256, 256]: some piece has the second byte behind the first, or the second is inside of a character."""
+    joins: bytes
+    """[256 * 256], 1 where some piece has the second byte behind the first, or the second is inside of a character, else 0."""
     separator: int
     """A byte that no piece has beside another."""
 
@@ -59,7 +59,7 @@ def safe_cuts(content: dict[str, Any]) -> Cuts | None:
     neighbours = np.add(joins.sum(axis=0), joins.sum(axis=1))
     joins[:, 0x80:0xC0] = True
     separator = next((byte for byte in range(1, 0x20) if not neighbours[byte]), None)
-    return Cuts(joins=joins, separator=separator) if separator is not None else None
+    return Cuts(joins=joins.tobytes(), separator=separator) if separator is not None else None
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def compiled() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)
     table, array, number = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
-        ("new", table, (array, number, number, ctypes.c_uint8, ctypes.c_int32)),
+        ("new", table, (ctypes.c_char_p, number, number, ctypes.c_uint8, ctypes.c_int32)),
         ("free", None, (table,)),
         ("cut", number, (table, array, array, number, array, array, number)),
         ("spell", number, (table, array)),
@@ -88,10 +88,10 @@ class SegmentTable:
     """Encodes texts, and remembers what their segments became."""
 
     def __init__(self, library: ctypes.CDLL, cuts: Cuts, encode: Callable[[str], npt.NDArray[Any]], *, slots: int = _SLOTS) -> None:
-        """encode: a text's ids by the engine. slots: of the table, a power of two, at least 2 ** 15."""
+        """encode: a text's ids by the engine. slots: of the table, a power of two, at least 2 ** 16."""
         self._library, self._encode = library, encode
         separator_id = int(encode(chr(cuts.separator))[-1])
-        self._table = library.new(cuts.joins.ctypes.data, slots, _AT_ONCE, cuts.separator, separator_id)
+        self._table = library.new(cuts.joins, slots, _AT_ONCE, cuts.separator, separator_id)
         if not self._table:
             raise MemoryError(f"no memory for a table of {slots} segments")
         weakref.finalize(self, library.free, self._table)
