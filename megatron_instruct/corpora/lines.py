@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _BUFFER = 1 << 18
 
 

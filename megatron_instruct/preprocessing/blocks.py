@@ -92,7 +92,7 @@ class BlockReader:
                 lines = content.split(b"\n")
                 if not lines[-1]:
                     lines.pop()
-                block = self._decoded(lines, piece.path, number) if _is_clean(content) else None
+                block = self._decoded(lines, piece.path, number) if _is_utf8(content) else None
                 block = block or self._line_by_line(lines, piece.path, number)
                 found = found or len(block) + len(block.broken) > 0
                 number += len(lines)
@@ -110,7 +110,7 @@ class BlockReader:
             return None
         columns = tuple(list(map(operator.attrgetter(name), rows)) for name in self._names)
         for column in columns:
-            if not all(column) or any(map(str.isspace, column)):
+            if not all(column) or any(map(str.isspace, column)) or any("\0" in text for text in column):
                 return None
         return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
 
@@ -202,9 +202,14 @@ def _line_blocks(stream: IO[bytes], left: int) -> Iterator[bytes]:
         yield content
 
 
-def _is_clean(content: bytes) -> bool:
-    """Whether all of it is UTF-8, which msgspec checks in what it returns only, and no text can hold a NUL."""
+def _is_clean(line: bytes) -> bool:
+    """Whether all of it is UTF-8, and no text can hold a NUL."""
+    return b"\\u0000" not in line and _is_utf8(line)
+
+
+def _is_utf8(content: bytes) -> bool:
+    """Whether all of it is UTF-8, which msgspec checks in what it returns only."""
     try:
-        return (content.isascii() or bool(content.decode())) and b"\\u0000" not in content
+        return content.isascii() or bool(content.decode())
     except UnicodeDecodeError:
         return False

@@ -7,6 +7,7 @@ by one worker into a folder of its own below OUTPUT_PREFIX.parts, which is remov
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class _Job:
     render: RenderOptions
     files: Sequence[Path]
     inputs: tuple[FileRecord, ...]
+    parts: Sequence[Part]
     settings: Mapping[str, Any]
     """What decides the result, but for the rendering of examples."""
 
@@ -121,7 +123,9 @@ def _resolve(config: PreprocessConfig) -> _Job:
             f"prepend_bos, but {config.tokenizer_model} names no bos_token; leave it out, or use the synthesizer's tokenizer."
         )
     files = find_files(config.input)
-    inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
+    with ThreadPoolExecutor(max_workers=1) as pool:  # each reads every file
+        parts = pool.submit(_parts, files, config.partitions)
+        inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
     check_stage_outputs(files, inputs)
     return _Job(
         config=config,
@@ -129,6 +133,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
         render=render_options(seed=config.seed, language=config.language, bank=config.bank, extend_bank=config.extend_bank),
         files=files,
         inputs=inputs,
+        parts=parts.result(),
         settings={**config.deciding(), "tokenizer": tokenizer.fingerprint},
     )
 
@@ -176,14 +181,13 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
 
     stack: ends the workers. alone: no other run is at work in the folder.
     """
-    parts = _parts(job)
     plan: dict[str, Any] = {
         "settings": {**job.settings, RENDERING: job.render.fingerprint()},
         "inputs": [[record.path, record.sha256] for record in job.inputs],
-        "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
+        "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in job.parts],
     }
-    numbered = [(job.folder / f"{number:06d}", part) for number, part in enumerate(parts)]
-    own = dict(numbered[number] for number in (range(len(parts)) if share is None else share.parts(len(parts))))
+    numbered = [(job.folder / f"{number:06d}", part) for number, part in enumerate(job.parts)]
+    own = dict(numbered[number] for number in (range(len(numbered)) if share is None else share.parts(len(numbered))))
     known = plan_of(job.folder) or {}
     goes_on = known == {**plan, "encoding": known.get("encoding")}
     encoding: dict[str, Any] = known["encoding"] if goes_on else {}
@@ -211,12 +215,11 @@ def _unfinished(parts: Mapping[Path, Part]) -> dict[Path, Part]:
     return {folder: part for folder, part in parts.items() if not is_finished(folder)}
 
 
-def _parts(job: _Job) -> list[Part]:
-    """Cut the input into parts."""
-    total = sum(record.bytes for record in job.inputs)
+def _parts(files: Sequence[Path], wanted: int | None) -> list[Part]:
+    """Cut the input into parts. wanted: how many; None: as many as its size suggests."""
+    total = sum(file.stat().st_size for file in files)
     usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
-    wanted = job.config.partitions
-    return plan_parts(job.files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
+    return plan_parts(files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
 
 
 def _encode(job: _Job, plan: _Plan) -> None:

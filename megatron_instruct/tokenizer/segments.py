@@ -100,11 +100,10 @@ class SegmentTable:
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Return the ids of the texts, one after another, in an array that the next call overwrites; and how many each has."""
+        if any(_SPACE_LIKE in text for text in texts if not text.isascii()):
+            texts = [text.replace(_SPACE_LIKE, " ") for text in texts]  # the tokenizer writes a space like this: both have the same ids
         contents = list(map(str.encode, texts))
         whole = b" ".join([b"", *contents, _PADDING])
-        if _SPACE_LIKE.encode() in whole:  # the tokenizer writes a space like this, so that both have the same ids
-            contents = [text.replace(_SPACE_LIKE, " ").encode() for text in texts]
-            whole = b" ".join([b"", *contents, _PADDING])
         bounds = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, contents), np.int64, len(texts)) + 1, out=bounds[1:])
         ids, starts = self._encode_whole(np.frombuffer(whole, dtype=np.uint8), bounds)
