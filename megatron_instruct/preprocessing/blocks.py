@@ -8,6 +8,7 @@ at a time, which say what is wrong or accept it. So a line's fate depends on the
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,7 +111,7 @@ class BlockReader:
             return None
         columns = tuple(list(map(operator.attrgetter(name), rows)) for name in self._names)
         for column in columns:
-            if not all(column) or any(map(str.isspace, column)) or any("\0" in text for text in column):
+            if not all(column) or any(map(str.isspace, column)) or any(map(operator.contains, column, repeat("\0"))):
                 return None
         return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
 

@@ -27,7 +27,7 @@ _BATCH_CHARACTERS = 1 << 18
 _SHOWN_IDS = 12
 _MANY, _SHORT = 1024, 256
 """Texts, and their characters on average: so many so short ones are encoded at once."""
-_RENEWED_AFTER = 1 << 22
+_RENEWED_AFTER = 1 << 21
 """Characters after which gigatoken is loaded anew: what it remembers of words makes it faster, and would otherwise grow without end."""
 _PROBES = (
     "",

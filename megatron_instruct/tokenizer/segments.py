@@ -10,6 +10,8 @@ The table of segments is compiled from _segments.c, where setup found a C compil
 import ctypes
 import functools
 import importlib.util
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ class SegmentTable:
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Return the ids of the texts, one after another, in an array that the next call overwrites; and how many each has."""
-        if any(_SPACE_LIKE in text for text in texts if not text.isascii()):
+        if any(map(operator.contains, texts, itertools.repeat(_SPACE_LIKE))):
             texts = [text.replace(_SPACE_LIKE, " ") for text in texts]  # the tokenizer writes a space like this: both have the same ids
         contents = list(map(str.encode, texts))
         whole = b" ".join([b"", *contents, _PADDING])
