@@ -14,9 +14,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron_instruct.platform.cpu_attention import causal_attention, is_short
+
 
 class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
-    """Causal core attention on torch's scaled_dot_product_attention, which never makes the S x S matrix of scores.
+    """Causal core attention: cpu_attention.py for short sequences, else torch's scaled_dot_product_attention, which never makes the S x S
+    matrix of scores.
 
     Under context parallelism a rank holds the S queries of its parts of the sequence, and gathers the keys and values of all.
     """
@@ -53,10 +56,12 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
             group = parallel_state.get_context_parallel_group()
             key_SBGD, value_SBGD = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key_SBGD, value_SBGD))
             attention_mask = _later_positions(query_SBHD.size(0), size=group.size(), rank=group.rank(), window=self.window)
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key_SBGD, value_SBGD))
-        if self.window is not None and query.size(2) > self.window and self.context_parallel_size == 1:
-            attention_mask = self._add_window(attention_mask, query.size(2), self.window)
+        if self.window is not None and query_SBHD.size(0) > self.window and self.context_parallel_size == 1:
+            attention_mask = self._add_window(attention_mask, query_SBHD.size(0), self.window)
         dropout = self.dropout if self.training else 0.0
+        if attention_mask is None and not dropout and is_short(query_SBHD):
+            return causal_attention(query_SBHD, key_SBGD, value_SBGD, scale=self.softmax_scale)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key_SBGD, value_SBGD))
         # tensor ranks drop other positions in their heads; under sequence parallelism megatron-core is on their streams already
         own_stream = dropout and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext():
