@@ -27,8 +27,10 @@ _BATCH_CHARACTERS = 1 << 18
 _SHOWN_IDS = 12
 _MANY, _SHORT = 1024, 256
 """Texts, and their characters on average: so many so short ones are encoded at once."""
-_RENEWED_AFTER = 1 << 21
+_RENEWED_AFTER = 3 << 23
 """Characters after which gigatoken is loaded anew: what it remembers of words makes it faster, and would otherwise grow without end."""
+_NEW_SEGMENTS = 1 << 21
+"""The same where it encodes new segments alone, so that it need not remember them."""
 _PROBES = (
     "",
     " ",
@@ -156,8 +158,8 @@ class FastTokenizer:
         self.kind, self.vocab_size, self.fingerprint = form.kind, form.vocab_size, form.fingerprint
         self.eod, self.bos = form.eod, form.bos
         self._dtype = token_dtype(self.vocab_size)
-        library_of_segments = compiled()
         self._segments: SegmentTable | None = None
+        library_of_segments = compiled()
         self.why_no_segments: str | None = None
         """Set where segments could be used but are not."""
         if form.cuts is not None and library_of_segments is not None:
@@ -189,7 +191,7 @@ class FastTokenizer:
 
     def _renewed(self, characters: int) -> Any:
         """Return gigatoken's tokenizer, for that many characters more."""
-        if self._encoded > _RENEWED_AFTER:
+        if self._encoded > (_RENEWED_AFTER if self._segments is None else _NEW_SEGMENTS):
             self._engine = None  # or the memory of two would be needed
             self._engine, self._encoded = _engine(self._form.content), 0
         self._encoded += characters

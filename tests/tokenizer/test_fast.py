@@ -171,7 +171,7 @@ def test_gigatoken_is_loaded_anew_after_so_many_characters_and_gives_the_same_id
 ) -> None:
     if not segments:
         without_segments(monkeypatch)
-    monkeypatch.setattr(fast, "_RENEWED_AFTER", 20)
+    monkeypatch.setattr(fast, "_NEW_SEGMENTS" if segments else "_RENEWED_AFTER", 20)
     tokenizer = fast_tokenizer(mistral)
     engine = tokenizer._engine
     for texts in (["a word " * 10], ["another one, unlike those before it", ""], ["a word", "ähnlich"]):
