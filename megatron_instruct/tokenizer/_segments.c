@@ -31,8 +31,8 @@ typedef struct {
 } Slot;
 
 typedef struct {
-    int64_t bytes, size; /* of a long segment: where its bytes begin in the pool, and how many they are */
-    int64_t ids, count;
+    uint32_t bytes, size; /* of a long segment: where its bytes begin in the pool, and how many they are */
+    uint32_t ids, count;
 } Record;
 
 typedef struct {
@@ -101,11 +101,12 @@ static int64_t slot_of(Table *table, const uint8_t *bytes, int64_t size, Key key
     }
     Slot slot = {.key = key, .count = IN_RECORD};
     if (size > LONGEST) {
+        if (size > INT32_MAX) return -1;
         uint8_t *pool = with_room(table->bytes, &table->byte_room, table->byte_count + size, 1);
         if (!pool) return -1;
         table->bytes = pool;
         Record *record = new_record(table, &slot);
-        record->bytes = table->byte_count, record->size = size;
+        record->bytes = (uint32_t)table->byte_count, record->size = (uint32_t)size;
         memcpy(table->bytes + table->byte_count, bytes, size);
         table->byte_count += size;
     }
@@ -161,6 +162,7 @@ int64_t segments_cut(Table *table, const uint8_t *text, const int64_t *bounds, i
     int64_t places[CHUNK], made = 0;
     Key keys[CHUNK];
     const uint8_t *joins = table->joins;
+    if (table->fresh_count) begin_anew(table); /* the engine failed meanwhile */
     for (; at[0] < texts; at[0]++, at[1] = -1) {
         int64_t stop = bounds[at[0] + 1];
         if (at[1] < 0) {
@@ -256,7 +258,7 @@ int64_t segments_define(Table *table, const int32_t *ids, int64_t count) {
         if (!pool) return -1;
         table->ids = pool;
         Record *record = size <= LONGEST ? new_record(table, slot) : table->records + slot->ids[0];
-        record->ids = table->id_count, record->count = i - start;
+        record->ids = (uint32_t)table->id_count, record->count = (uint32_t)(i - start);
         memcpy(table->ids + table->id_count, ids + start, (i - start) * sizeof *ids);
         table->id_count += i - start;
     }
