@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.shares import parse_share
-from megatron_instruct.tokenizer.fast import FastChoice
+from megatron_instruct.tokenizer.fast_proof import FastChoice
 
 TokenizerType = Literal["HuggingFaceTokenizer", "GPTSentencePieceTokenizer"]
 

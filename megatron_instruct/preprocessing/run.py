@@ -32,7 +32,8 @@ from megatron_instruct.preprocessing.workspace import plan_of, take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
-from megatron_instruct.tokenizer.fast import Backend, FastForm, with_fast_backend
+from megatron_instruct.tokenizer.fast import FastForm
+from megatron_instruct.tokenizer.fast_proof import Backend, with_fast_backend
 
 _SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
 

@@ -5,7 +5,8 @@ tekken.json), each through the library that it was made for. `with_fast_backend`
 to give the same ids. Everything here works without torch and transformers.
 """
 
-from megatron_instruct.tokenizer.fast import Backend, FastChoice, fast_tokenizer, with_fast_backend
+from megatron_instruct.tokenizer.fast import fast_tokenizer
+from megatron_instruct.tokenizer.fast_proof import Backend, FastChoice, with_fast_backend
 from megatron_instruct.tokenizer.flat import FlatTokens, token_dtype
 from megatron_instruct.tokenizer.load import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.protocol import Tokenizer

@@ -1,6 +1,6 @@
 """gigatoken's own form of a tokenizer: a tokenizer.json without special tokens, so that text which spells one stays ordinary text.
 
-Comes in: a loaded tokenizer. Goes out: that content, or a reason why there is none. Whether its ids are right is for fast.py to prove.
+Comes in: a loaded tokenizer. Goes out: that content, or a reason why there is none. That its ids are right is for fast_proof.py.
 Does not know: gigatoken. Source of the merges: a sentencepiece BPE model joins, of all neighbours that form a piece, those whose piece
 has the highest score (sentencepiece, bpe_model.cc).
 """
