@@ -98,10 +98,9 @@ class SegmentTable:
             raise MemoryError(f"no memory for a table of {slots} segments")
         weakref.finalize(self, library.free, self._table)
         self._found = np.empty(_AT_ONCE, dtype=np.int32)
-        self._ids = np.empty(0, dtype=np.int32)
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return the ids of the texts, one after another, in an array that the next call overwrites; and how many each has."""
+        """Return the ids of the texts, one after another, and how many each has."""
         if any(map(operator.contains, texts, itertools.repeat(_SPACE_LIKE))):
             texts = [text.replace(_SPACE_LIKE, " ") for text in texts]  # the tokenizer writes a space like this: both have the same ids
         contents = list(map(str.encode, texts))
@@ -115,32 +114,33 @@ class SegmentTable:
         self, text: npt.NDArray[np.uint8], bounds: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Return the ids, and where those of each text begin."""
-        if len(self._ids) < len(text):
-            self._ids = np.empty(len(text) * 5 // 4, dtype=np.int32)
+        ids = np.empty(len(text), dtype=np.int32)
         at, starts = np.array([0, -1], dtype=np.int64), np.empty(len(bounds) - 1, dtype=np.int64)
         made, begun = 0, 0
         while at[0] < len(starts):
             count = self._library.cut(
                 self._table, text.ctypes.data, bounds.ctypes.data, len(starts), at.ctypes.data, self._found.ctypes.data, _AT_ONCE
             )
-            self._define(count)
+            if count < 0:
+                raise MemoryError("no memory for the segments of a text")
+            self._define()
             new = starts[begun:]
-            more = self._library.emit(self._table, self._found.ctypes.data, count, self._ids[made:].ctypes.data, new.ctypes.data)
+            more = self._library.emit(self._table, self._found.ctypes.data, count, ids[made:].ctypes.data, new.ctypes.data)
             begins = int(np.count_nonzero(self._found[:count] < 0))
             new[:begins] += made
             made, begun = made + more, begun + begins
-        return self._ids[:made], starts
+        return ids[:made], starts
 
-    def _define(self, count: int) -> None:
-        """Let the engine encode the segments that are new. count: of what was found."""
+    def _define(self) -> None:
+        """Let the engine encode the segments that are new."""
         size = self._library.spell(self._table, None)
-        if count >= 0 and not size:
+        if not size:
             return
         spelled = np.empty(size, dtype=np.uint8)
         self._library.spell(self._table, spelled.ctypes.data)
         ids = np.ascontiguousarray(self._encode(str(spelled.data, "utf-8")), dtype=np.int32)
-        defined = self._library.define(self._table, ids.ctypes.data, len(ids)) if count >= 0 else -1
+        defined = self._library.define(self._table, ids.ctypes.data, len(ids))
         if defined < 0:
-            raise MemoryError("no memory for the segments of a text")
+            raise MemoryError("no memory for the ids of a text")
         if not defined:
             raise RuntimeError("the engine's ids are not those of as many segments as it was given; encode with --fast-tokenizer none")

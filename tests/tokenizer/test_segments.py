@@ -1,6 +1,7 @@
 """Segments that are encoded once: the ids of whole texts, whatever the text; the table under pressure; tokenizers that allow no cuts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from megatron_instruct.tokenizer.flat import NO_TEXT
 from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
 from tests.tokenizer.test_fast import NASTY, mistral_v1
 
+pytestmark = pytest.mark.skipif(
+    compiled() is None and shutil.which("cc") is None,
+    reason="no C compiler: the table of segments is not compiled, texts are encoded whole",
+)
 SMALLEST = 1 << 16
 PARTS = [
     "a",
