@@ -7,7 +7,7 @@ its first visible character, else, all white space, that of its first character.
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,24 +86,18 @@ def _laid_out(texts: Sequence[str], spans: Mapping[int, Spans]) -> _LaidOut:
 
 def _role_over(laid: _LaidOut, start: int, end: int, places: Sequence[int]) -> int:
     """Return the role of a token over bytes [start, end), which may begin or end inside a character. places: starts of the spans."""
-    roles = [
-        (int(laid.codes[bisect.bisect_right(places, place) - 1]), character) for place, character in _characters(laid.content, start, end)
-    ]
-    visible = [role for role, character in roles if not character.isspace()]
-    if RESPONSE in visible:
-        return RESPONSE
-    return visible[0] if visible else roles[0][0]
-
-
-def _characters(content: bytes, start: int, end: int) -> Iterator[tuple[int, str]]:
-    """Yield the characters that bytes [start, end) touch, with the byte where each starts."""
+    content = laid.content
     while content[start] & 0xC0 == 0x80:
         start -= 1
     while end < len(content) and content[end] & 0xC0 == 0x80:
         end += 1
-    for character in content[start:end].decode():
-        yield start, character
-        start += len(character.encode())
+    spans = range(bisect.bisect_right(places, start) - 1, bisect.bisect_left(places, end))
+    bounds = [start, *places[spans.start + 1 : spans.stop], end]
+    parts = [content[left:right].decode() for left, right in itertools.pairwise(bounds)]
+    visible = [int(laid.codes[span]) for span, part in zip(spans, parts, strict=True) if not part.isspace()]
+    if RESPONSE in visible:
+        return RESPONSE
+    return visible[0] if visible else int(laid.codes[spans.start])
 
 
 def clipped(spans: Spans, start: int, end: int) -> list[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
-from megatron_instruct.tokenizer.flat import Ends, FlatTokens, token_dtype
+from megatron_instruct.tokenizer.flat import NO_TEXT, Ends, FlatTokens, Spelling, piece_bytes, token_dtype
 from megatron_instruct.tokenizer.protocol import Tokenizer
 from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
 
@@ -106,6 +106,17 @@ class FastTokenizer:
     def _library(self) -> Any:
         return self._load()
 
+    @cached_property
+    def _spelling(self) -> Spelling:
+        """Which bytes each id spells. Where texts may be cut, the form says so for all that text becomes, without loading the library."""
+        if self._form.cuts is None:
+            spelling: Spelling = self._library.spelling
+            return spelling
+        pieces = [NO_TEXT] * self.vocab_size
+        for piece, number in json.loads(self._form.content)["model"]["vocab"].items():
+            pieces[number] = piece_bytes(piece)
+        return Spelling.of(pieces, prefix=1)
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)
         return ids
@@ -122,7 +133,7 @@ class FastTokenizer:
             flat = self._at_once(texts)
         else:
             flat = self._one_by_one(texts)
-        return self._library.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        return self._spelling.with_ends(texts, flat, self.ends_of) if ends else flat
 
     def _renewed(self, characters: int) -> Any:
         """Return gigatoken's tokenizer, for that many characters more."""

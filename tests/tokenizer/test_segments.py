@@ -109,6 +109,14 @@ def test_no_piece_of_the_vocabulary_is_ever_cut(cuts: Cuts, library: Any) -> Non
     assert not joins[ord("e"), ord(" ")], "words are cut apart"
 
 
+def test_the_form_says_what_each_id_spells_as_the_library_does(library: Any) -> None:
+    fast_one = fast_tokenizer(library)
+    assert fast_one._spelling.prefix == library.spelling.prefix
+    told = [piece for piece in zip(fast_one._spelling.pieces, library.spelling.pieces, strict=True) if piece[1] != NO_TEXT]
+    assert len(told) > 31_000
+    assert all(found == right for found, right in told)
+
+
 def test_a_table_that_is_full_begins_anew(cuts: Cuts, library: Tokenizer) -> None:
     table = table_of(cuts, library)
     random = np.random.default_rng(0)
