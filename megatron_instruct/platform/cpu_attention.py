@@ -7,7 +7,6 @@ product: forward and backward together take six tenths of the time.
 Shapes: S sequence, B batch, H query heads, G key/value groups, R = H / G, D head size, N blocks of T queries.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 LONGEST = 1024
 """Tokens; the scores kept grow with the square: 2 * S * S bytes for each query head and sequence."""
 _BLOCK = 64
+_LATER = torch.full((_BLOCK, _BLOCK), -math.inf, dtype=torch.float32, device="cpu").triu(1)
+"""[T, T], minus infinity where a key comes after the query."""
 
 
 def is_short(query_SBHD: torch.Tensor) -> bool:
@@ -42,7 +43,7 @@ class _CausalAttention(torch.autograd.Function):
         for block in range(query.size(1)):
             end = (block + 1) * _BLOCK
             scores = torch.bmm(query[:, block], key[:, :end].transpose(1, 2))
-            scores.view(scores.size(0), -1, _BLOCK, end)[..., -_BLOCK:] += _later(scores.dtype)
+            scores.view(scores.size(0), -1, _BLOCK, end)[..., -_BLOCK:] += _LATER
             probabilities.append(torch.softmax(scores, dim=-1))
             output[:, block].baddbmm_(probabilities[-1], value[:, :end], beta=0)
         ctx.save_for_backward(query, key, value, output, *probabilities)
@@ -90,9 +91,3 @@ def _out_of_blocks(tensor: torch.Tensor, shape_SBHD: torch.Size) -> torch.Tensor
 def _by_group(tensor_SBGD: torch.Tensor) -> torch.Tensor:
     """Return [B * G, S, D]."""
     return tensor_SBGD.permute(1, 2, 0, 3).reshape(-1, tensor_SBGD.size(0), tensor_SBGD.size(3))
-
-
-@functools.cache
-def _later(dtype: torch.dtype) -> torch.Tensor:
-    """Return [T, T], minus infinity where a key comes after the query, to be read only."""
-    return torch.full((_BLOCK, _BLOCK), -math.inf, dtype=dtype).triu(1)

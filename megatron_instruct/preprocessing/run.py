@@ -7,9 +7,9 @@ by one worker into a folder of its own below OUTPUT_PREFIX.parts, which is remov
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ def _resolve(config: PreprocessConfig) -> _Job:
             f"prepend_bos, but {config.tokenizer_model} names no bos_token; leave it out, or use the synthesizer's tokenizer."
         )
     files = find_files(config.input)
-    with ThreadPoolExecutor(max_workers=1) as pool:  # each reads every file
-        parts = pool.submit(_parts, files, config.partitions)
+    with closing(ThreadPool(1)) as pool:  # whose thread nothing waits for where this one is interrupted
+        parts = pool.apply_async(_parts, (files, config.partitions))  # this and the next read every file
         inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
     check_stage_outputs(files, inputs)
     return _Job(
@@ -134,7 +134,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
         render=render_options(seed=config.seed, language=config.language, bank=config.bank, extend_bank=config.extend_bank),
         files=files,
         inputs=inputs,
-        parts=parts.result(),
+        parts=parts.get(),
         settings={**config.deciding(), "tokenizer": tokenizer.fingerprint},
     )
 

@@ -40,7 +40,7 @@ typedef struct {
     int64_t slot_count, known, fresh_count, record_count, byte_count, id_count, byte_room, id_room;
     Slot *slots;
     Record *records;  /* [slot_count / 4] */
-    int32_t *fresh;   /* [fresh_room] slots of the segments that have no ids yet, in the order in which they were met */
+    int32_t *fresh;   /* [room] slots of the segments that have no ids yet, in the order in which they were met */
     uint8_t *bytes;   /* [byte_room] a pool */
     int32_t *ids;     /* [id_room] a pool */
     int32_t separator_id;
@@ -77,7 +77,7 @@ static Key key_of(const uint8_t *bytes, int64_t size) {
 
 static int64_t place_of(const Table *table, Key key) { return mixed(key.low ^ mixed(key.high)) & (table->slot_count - 1); }
 
-/* Return room for one value more of some size, at least twice as much where it has to grow; NULL, and the old room stays: out of memory. */
+/* Return the pool with room for so many values of some size, twice as many where it has to grow; NULL, and the old one stays: out of memory. */
 static void *with_room(void *pool, int64_t *room, int64_t wanted, int64_t size) {
     if (wanted <= *room) return pool;
     void *grown = realloc(pool, 2 * wanted * size);
@@ -118,16 +118,15 @@ static int64_t slot_of(Table *table, const uint8_t *bytes, int64_t size, Key key
 
 static void begin_anew(Table *table) {
     memset(table->slots, 0, table->slot_count * sizeof(Slot));
-    table->known = table->record_count = table->byte_count = table->id_count = 0;
+    table->fresh_count = table->record_count = table->byte_count = table->id_count = 0;
     uint8_t padded[16] = {table->separator};
     Key key = key_of(padded, 1);
-    Slot *slot = table->slots + slot_of(table, padded, 1, key, place_of(table, key));
-    slot->ids[0] = table->separator_id, slot->count = 1;
-    table->fresh_count = 0;
+    table->slots[place_of(table, key)] = (Slot){.key = key, .ids = {table->separator_id}, .count = 1};
+    table->known = 1;
 }
 
-/* joins: [256 * 256], not 0 where a text is not to be cut between the two bytes. slots: a power of two, no fewer than 2 ** 16. room: of what segments_cut writes.
-   Returns NULL when out of memory. */
+/* joins: [256 * 256], not 0 where a text is not to be cut between the two bytes. slots: a power of two, no fewer than 2 ** 16. room: of what
+   segments_cut writes. Returns NULL when out of memory. */
 Table *segments_new(const uint8_t *joins, int64_t slots, int64_t room, uint8_t separator, int32_t separator_id) {
     Table *table = calloc(1, sizeof *table);
     if (!table) return NULL;
@@ -158,8 +157,7 @@ static int is_full(const Table *table) {
    text: the texts, each with its space, and 16 bytes more. bounds: [texts + 1], where each begins. at: text, and place in it or -1 where it
    is not begun; says afterwards how far this came. room: of slots, above CHUNK. Returns how many were written, -1: out of memory. */
 int64_t segments_cut(Table *table, const uint8_t *text, const int64_t *bounds, int64_t texts, int64_t *at, int32_t *slots, int64_t room) {
-    int32_t ends[CHUNK];
-    int64_t places[CHUNK], made = 0;
+    int64_t ends[CHUNK], places[CHUNK], made = 0;
     Key keys[CHUNK];
     const uint8_t *joins = table->joins;
     if (table->fresh_count) begin_anew(table); /* the engine failed meanwhile */
@@ -179,20 +177,12 @@ int64_t segments_cut(Table *table, const uint8_t *text, const int64_t *bounds, i
             const uint8_t *start = text + at[1];
             int64_t size = stop - at[1] > CHUNK ? CHUNK : stop - at[1], count = 0;
             for (int64_t i = 1; i < size; i++) {
-                ends[count] = (int32_t)i;
+                ends[count] = i;
                 count += !joins[start[i - 1] << 8 | start[i]];
             }
-            if (size == stop - at[1]) {
-                ends[count++] = (int32_t)size;
-            } else if (!count) { /* a segment longer than a chunk */
+            if (!count) /* a segment that may be longer than a chunk */
                 while (size < stop - at[1] && joins[start[size - 1] << 8 | start[size]]) size++;
-                Key key = key_of(start, size);
-                int64_t place = slot_of(table, start, size, key, place_of(table, key));
-                if (place < 0) return -1;
-                slots[made++] = (int32_t)place;
-                at[1] += size;
-                continue;
-            }
+            if (!count || size == stop - at[1]) ends[count++] = size;
             for (int64_t i = 0, from = 0; i < count; from = ends[i++]) {
                 keys[i] = key_of(start + from, ends[i] - from);
                 places[i] = place_of(table, keys[i]);

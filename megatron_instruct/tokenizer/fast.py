@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
-from megatron_instruct.tokenizer.flat import NO_TEXT, Ends, FlatTokens, Spelling, piece_bytes, token_dtype
+from megatron_instruct.tokenizer.flat import Ends, FlatTokens, Spelling, token_dtype
+from megatron_instruct.tokenizer.huggingface import spelled_pieces
 from megatron_instruct.tokenizer.protocol import Tokenizer
 from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
 
@@ -95,12 +96,13 @@ class FastTokenizer:
         self._dtype = token_dtype(self.vocab_size)
         self._segments: SegmentTable | None = None
         library_of_segments = compiled()
-        self.why_no_segments: str | None = None
-        """Set where segments could be used but are not."""
         if form.cuts is not None and library_of_segments is not None:
             self._segments = SegmentTable(library_of_segments, form.cuts, self._encode)
-        elif form.cuts is not None:
-            self.why_no_segments = "megatron_instruct/tokenizer/_segments.c is not compiled; run make setup where a C compiler (gcc) is"
+
+    @property
+    def lacks_segments(self) -> bool:
+        """Whether texts could be encoded by segments, and are not."""
+        return self._form.cuts is not None and self._segments is None
 
     @cached_property
     def _library(self) -> Any:
@@ -112,10 +114,8 @@ class FastTokenizer:
         if self._form.cuts is None:
             spelling: Spelling = self._library.spelling
             return spelling
-        pieces = [NO_TEXT] * self.vocab_size
-        for piece, number in json.loads(self._form.content)["model"]["vocab"].items():
-            pieces[number] = piece_bytes(piece)
-        return Spelling.of(pieces, prefix=1)
+        model = json.loads(self._form.content)["model"]
+        return Spelling.of(spelled_pieces(model["vocab"], self.vocab_size, unknown=model.get("unk_token")), prefix=1)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)

@@ -17,6 +17,7 @@ from megatron_instruct.tokenizer.fast import FastForm, FastTokenizer
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError
 from megatron_instruct.tokenizer.flat import FlatTokens
 from megatron_instruct.tokenizer.protocol import Tokenizer
+from megatron_instruct.tokenizer.segments import NotApartError
 
 FastChoice = Literal["auto", "gigatoken", "none"]
 _BATCH_CHARACTERS = 1 << 18
@@ -66,14 +67,17 @@ def with_fast_backend(
         to_be_proved(form)
         fast = FastTokenizer(form, lambda: tokenizer)
         reason = difference(tokenizer, fast, sample)
-    except (NoFastFormError, MissingPackageError) as error:
+    except (NoFastFormError, MissingPackageError, NotApartError) as error:
         if choice == "gigatoken" and isinstance(error, MissingPackageError):
             raise
         reason = str(error)
     if reason is None:
         size = sum(len(text.encode()) for text in sample)
-        if fast.why_no_segments is not None:
-            report(f"Texts are encoded more slowly than they could be: {fast.why_no_segments}.")
+        if fast.lacks_segments:
+            report(
+                "Texts are encoded more slowly than they could be: megatron_instruct/tokenizer/_segments.c is not compiled; "
+                "run make setup where a C compiler (gcc) is."
+            )
         facts = {"backend": f"gigatoken {metadata.version('gigatoken')}", "proved_texts": len(sample), "proved_bytes": size}
         return Backend(tokenizer=fast, form=form, facts=facts)
     if choice == "gigatoken":

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_instruct.errors import InputError, MissingPackageError
@@ -55,7 +56,8 @@ class HuggingFaceTokenizer:
         """Which bytes each id spells; made when it is first asked for, since it takes as long as the rest of the loading."""
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         letters = byte_letters() if self._is_byte_level else {}
-        return Spelling.of(_pieces(vocabulary, self.vocab_size, letters, self._unknown), prefix=self._prefix)
+        pieces = spelled_pieces(vocabulary, self.vocab_size, letters, unknown=self._unknown)
+        return Spelling.of(pieces, prefix=self._prefix)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -102,7 +104,9 @@ def _prefix(content: dict[str, Any]) -> int | None:
     return 1 if normalizers == PREPENDED and not cuts and not added else None
 
 
-def _pieces(vocabulary: Mapping[str, int], vocab_size: int, letters: Mapping[str, int], unknown: str | None) -> list[bytes]:
+def spelled_pieces(
+    vocabulary: Mapping[str, int], vocab_size: int, letters: Mapping[str, int] = MappingProxyType({}), *, unknown: str | None
+) -> list[bytes]:
     """Return the bytes that each id spells, as far as the vocabulary says so. letters: of a byte-level vocabulary; else none."""
     pieces = [NO_TEXT] * vocab_size
     for token, number in vocabulary.items():

@@ -86,6 +86,10 @@ def compiled() -> ctypes.CDLL | None:
     return library
 
 
+class NotApartError(RuntimeError):
+    """What an engine gave for segments beside each other is not the ids of as many segments."""
+
+
 class SegmentTable:
     """Encodes texts, and remembers what their segments became."""
 
@@ -143,4 +147,4 @@ class SegmentTable:
         if defined < 0:
             raise MemoryError("no memory for the ids of a text")
         if not defined:
-            raise RuntimeError("the engine's ids are not those of as many segments as it was given; encode with --fast-tokenizer none")
+            raise NotApartError("the engine's ids are not those of as many segments as it was given; encode with --fast-tokenizer none")

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,34 @@ def test_files_of_another_tool_are_never_overwritten(tmp_path: Path, corpus: Pat
 def test_the_stage_loads_neither_torch_nor_transformers() -> None:
     code = """
 import sys
+import threading
 import megatron_instruct.preprocessing.run, megatron_instruct.preprocessing.inspection
 sys.exit(" ".join(sorted({"torch", "transformers", "pyarrow"} & sys.modules.keys())) or 0)
 """
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interruption_does_not_wait_for_the_input_to_be_cut(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def cut(*_: Any, **__: Any) -> list[Any]:
+        begun.set()
+        end.wait()
+        return []
+
+    def interrupted(*_: Any) -> Any:
+        begun.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_instruct.preprocessing.run.plan_parts", cut)
+    monkeypatch.setattr("megatron_instruct.preprocessing.run.shared_records", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(corpus, tmp_path / "out", tokenizer_folder)
+        assert not end.is_set()
+    finally:
+        end.set()

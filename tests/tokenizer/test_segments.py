@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_instruct.errors import ConfigError
 from megatron_instruct.tokenizer import Tokenizer, fast, fast_tokenizer, load_tokenizer, with_fast_backend
 from megatron_instruct.tokenizer.fast_engine import fast_form
 from megatron_instruct.tokenizer.flat import NO_TEXT
@@ -157,6 +158,18 @@ def test_an_engine_that_does_not_keep_segments_apart_is_noticed(cuts: Cuts, libr
         table.encode(["two words"])
     calls = 0
     assert table.encode(["two words"])[0].tolist() == library.encode("two words"), "a table goes on after that"
+
+
+def test_an_engine_that_does_not_keep_segments_apart_is_not_used(
+    library: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fast.FastTokenizer._encode
+    monkeypatch.setattr(fast.FastTokenizer, "_encode", lambda self, text: found(self, text) if len(text) == 1 else found(self, text)[:3])
+    backend = with_fast_backend(library, ["some words"])
+    assert backend.tokenizer is library
+    assert "gigatoken is not used, the slower library is: the engine's ids are not those of as many segments" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="is refused: the engine's ids"):
+        with_fast_backend(library, ["some words"], choice="gigatoken")
 
 
 @pytest.mark.parametrize(
