@@ -54,7 +54,7 @@ class BuildOptions:
     fp8_emulation: Fp8Recipe | None = None
     """What 8-bit products are imitated by, in torch's layers on any machine."""
     fuse_weight_gradients: bool = False
-    """On a GPU, gradients of weights are added up where they are computed: by apex's kernel, if that is installed."""
+    """Gradients of weights are added up where they are computed: on a GPU by apex's kernel, if that is installed."""
     transformer_config: Mapping[str, Any] | None = None
     """Any other field of megatron-core's TransformerConfig."""
 
@@ -158,8 +158,8 @@ def make_transformer_config(
         **_NO_DROPOUT,
         **(_CUDA_SETTINGS if _is_fused(machine, options) else _CPU_SETTINGS),
     }
-    if _is_fused(machine, options) and options.fuse_weight_gradients:
-        settings["gradient_accumulation_fusion"] = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if options.fuse_weight_gradients:
+        settings["gradient_accumulation_fusion"] = _can_fuse_weight_gradients(machine, options)
     settings |= _window_settings(architecture) | _expert_settings(architecture, options.experts or {}, fused=_is_fused(machine, options))
     if machine.backend == "gloo" and layout.expert > 1 and layout.tensor_of_experts > 1:
         settings |= _without_unequal_parts(layout, options.experts or {})
@@ -262,6 +262,13 @@ def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 def _is_fused(machine: Machine, options: BuildOptions) -> bool:
     """Whether layers are Transformer Engine's; torch's otherwise."""
     return machine.is_cuda and options.fp8_emulation is None
+
+
+def _can_fuse_weight_gradients(machine: Machine, options: BuildOptions) -> bool:
+    """Whether a kernel adds them up: apex's, or what the seam has in its place, though not for a deferred embedding."""
+    if machine.is_cuda:
+        return options.fp8_emulation is None and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return not (options.transformer_config or {}).get("defer_embedding_wgrad_compute")
 
 
 def _layer_spec(config: TransformerConfig, architecture: Architecture, vp_stage: int | None, *, fused: bool) -> Any:

@@ -45,7 +45,7 @@ class _CausalAttention(torch.autograd.Function):
             scores = torch.bmm(query[:, block], key[:, :end].transpose(1, 2))
             scores.view(scores.size(0), -1, _BLOCK, end)[..., -_BLOCK:] += _LATER
             probabilities.append(torch.softmax(scores, dim=-1))
-            output[:, block].baddbmm_(probabilities[-1], value[:, :end], beta=0)
+            output[:, block] = torch.bmm(probabilities[-1], value[:, :end])
         ctx.save_for_backward(query, key, value, output, *probabilities)
         ctx.scale = scale
         return _out_of_blocks(output, query_SBHD.shape).flatten(2)
@@ -64,7 +64,7 @@ class _CausalAttention(torch.autograd.Function):
             of_value[:, :end].baddbmm_(kept.transpose(1, 2), of_output[:, block])
             of_scores = torch.bmm(of_output[:, block], value[:, :end].transpose(1, 2))
             of_scores.sub_(through_softmax[:, block]).mul_(kept)
-            of_query[:, block].baddbmm_(of_scores, key[:, :end], beta=0)
+            of_query[:, block] = torch.bmm(of_scores, key[:, :end])
             of_key[:, :end].baddbmm_(of_scores.transpose(1, 2), query[:, block])
         groups = (batch, -1, length, size)
         return (

@@ -131,6 +131,19 @@ def _split_sizes_as_arrays(original: Callable[..., Any]) -> Callable[..., Any]:
     return move
 
 
+class _WeightGradients:
+    """Stands for apex's kernels: a product whose result is added to what is there, without a pass of its own for the sum."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_TI: torch.Tensor, gradient_TO: torch.Tensor, sum_OI: torch.Tensor) -> None:
+        if input_TI.dtype == sum_OI.dtype:
+            sum_OI.addmm_(gradient_TO.t(), input_TI)
+        else:
+            sum_OI.add_(gradient_TO.t() @ input_TI)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
     """One replaced symbol: module:attribute, why, and a function from the original to what takes its place."""
@@ -138,6 +151,8 @@ class Replacement:
     symbol: str
     why: str
     make: Callable[[Any], Any]
+    is_optional: bool = False
+    """Whether the symbol is there only with a package that need not be installed."""
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
@@ -170,6 +185,22 @@ REPLACEMENTS = (
         symbol="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
         why="named random streams use CUDA's generators",
         make=_cpu_tracker,
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
+        why="gradients of weights are added up by apex's kernels; without such, each is written and read once more: 1 to 2 % of a step",
+        make=lambda _: _WeightGradients,
+        is_optional=True,
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
+        why="says that the kernels of the entry before this one are there",
+        make=lambda _: True,
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:HAVE_TE",
+        why="Transformer Engine's place holder for a gradient that was added up already is on a GPU",
+        make=lambda _: False,
     ),
     Replacement(
         symbol="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
@@ -239,5 +270,6 @@ def install() -> None:
         module, path = replacement.symbol.split(":")
         *owners, name = path.split(".")
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
-        setattr(owner, name, replacement.make(getattr(owner, name)))
+        original = getattr(owner, name, None) if replacement.is_optional else getattr(owner, name)
+        setattr(owner, name, replacement.make(original))
         _installed.append(replacement.symbol)

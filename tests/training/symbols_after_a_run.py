@@ -37,7 +37,8 @@ def main() -> None:
 
 def find(symbol: str) -> object:
     module, path = symbol.split(":")
-    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+    *owners, name = path.split(".")
+    return getattr(functools.reduce(getattr, owners, importlib.import_module(module)), name, None)
 
 
 if __name__ == "__main__":

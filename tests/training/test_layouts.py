@@ -74,6 +74,12 @@ def test_one_process_cut_otherwise_equals_the_reference(name: str, one: dict[str
     assert_equal_runs(one_more[name], one["reference"], tolerance=1e-5)
 
 
+def test_weight_gradients_added_up_by_the_product_are_those_added_up_apart(one: dict[str, Path]) -> None:
+    assert_equal_runs(one["weight gradients apart"], one["reference"], tolerance=1e-5)
+    settings = [json.loads((one[name] / "manifest.json").read_text()) for name in ("reference", "weight gradients apart")]
+    assert settings[0] != settings[1]
+
+
 def test_validation_takes_whole_batches_while_the_batch_grows(one: dict[str, Path]) -> None:
     grown, reference = (read_metrics(one[name]).validation for name in ("growing batch", "reference"))
     assert grown[0] == pytest.approx(reference[0], abs=1e-6, rel=0.0), "the same samples before the first step, in other micro batches"
