@@ -178,13 +178,15 @@ def main() -> None:
     losses: dict[str, float] = {}
     peaks: list[float] = []
     for turn in range(-1, options.turns):
+        said = []
         for name in list(pipes) if turn % 2 else reversed(list(pipes)):
             pipes[name].send(options.steps if turn >= 0 else options.warm_up)
             taken, losses[name] = pipes[name].recv()
+            said.append(f"{name} {', '.join(f'{each:.2f}' for each in taken)} s, loss {losses[name]:.4f}")
             if turn >= 0:
                 seconds[name] += taken
         peaks.append(peak_flops(options))
-        print(f"turn {turn + 1}/{options.turns}: " + ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items()), flush=True)
+        print(f"turn {turn + 1}/{options.turns}: {'; '.join(said)}", flush=True)
     for pipe in pipes.values():
         pipe.send(0)
     tokens = options.micro_batch_size * options.num_microbatches * options.seq_length

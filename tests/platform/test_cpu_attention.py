@@ -10,7 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize(
     ("length", "batch", "heads", "groups", "size", "scale"),
-    [(64, 1, 1, 1, 8, None), (128, 2, 4, 2, 16, 0.5), (192, 3, 6, 1, 32, None), (512, 2, 9, 3, 64, None)],
+    [(64, 1, 1, 1, 8, None), (128, 2, 4, 2, 16, 0.5), (192, 3, 6, 1, 32, None), (512, 2, 9, 3, 64, None), (2048, 1, 9, 3, 64, None)],
 )
 def test_output_and_gradients_are_those_of_double_precision(
     length: int, batch: int, heads: int, groups: int, size: int, scale: float | None
@@ -47,12 +47,12 @@ def test_it_is_taken_for_short_causal_sequences_in_fp32_alone(monkeypatch: pytes
     monkeypatch.setattr(cpu_modules, "causal_attention", noticed)
     config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, window_size=None, window_attn_skip_freq=None)
     attention = cpu_modules.ScaledDotProductAttention(config, 1, None, "self")
-    of_length = {length: [torch.randn(length, 1, 2, 8) for _ in range(3)] for length in (64, 100, 1024, 1088)}
+    of_length = {length: [torch.randn(length, 1, 2, 8) for _ in range(3)] for length in (64, 100, 2048, 2112)}
     results = {length: attention(*parts) for length, parts in of_length.items()}
     attention(*(part.bfloat16() for part in of_length[64]))
     masked = attention(*of_length[64], torch.ones(64, 64, dtype=torch.bool).triu(1)[None, None])
-    assert taken == [64, 1024]
+    assert taken == [64, 2048]
     torch.testing.assert_close(results[64], masked, atol=1e-6, rtol=0)
     dropping = cpu_modules.ScaledDotProductAttention(SimpleNamespace(**vars(config) | {"attention_dropout": 0.1}), 1, None, "self")
     assert dropping.eval()(*of_length[64]).equal(results[64])
-    assert taken == [64, 1024, 64], "dropout is for training alone"
+    assert taken == [64, 2048, 64], "dropout is for training alone"
