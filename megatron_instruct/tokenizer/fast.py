@@ -47,8 +47,8 @@ class FastForm:
         """Raises NoFastFormError where gigatoken has no form of the tokenizer."""
         content = fast_form(tokenizer)
         return cls(
-            content=content,
-            cuts=safe_cuts(json.loads(content)),
+            content=json.dumps(content),
+            cuts=safe_cuts(content),
             kind=tokenizer.kind,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,

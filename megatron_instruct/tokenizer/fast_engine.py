@@ -7,7 +7,6 @@ has the highest score (sentencepiece, bpe_model.cc).
 
 import base64
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ class NoFastFormError(ConfigError):
     """The tokenizer is of a kind that gigatoken has no form for; the message says which."""
 
 
-def fast_form(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json with the ids of `tokenizer` and no special tokens, or raise NoFastFormError."""
+def fast_form(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of a tokenizer.json with the ids of `tokenizer` and no special tokens, or raise NoFastFormError."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _without_special_tokens(read_json(tokenizer.file))
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -34,12 +33,12 @@ def fast_form(tokenizer: Tokenizer) -> str:
     raise NoFastFormError(f"it is a {tokenizer.kind}; gigatoken is used for tokenizer.json and sentencepiece .model files")
 
 
-def _without_special_tokens(content: dict[str, Any]) -> str:
+def _without_special_tokens(content: dict[str, Any]) -> dict[str, Any]:
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    return json.dumps({**content, "added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None})
+    return {**content, "added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
 
 
-def _from_sentencepiece(file: Path) -> str:
+def _from_sentencepiece(file: Path) -> dict[str, Any]:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
@@ -50,29 +49,27 @@ def _from_sentencepiece(file: Path) -> str:
         raise NoFastFormError("it is a sentencepiece model without BPE or without a piece for each byte")
     if not spec.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         raise NoFastFormError("it is a sentencepiece model that does not write a space as '▁' before a word")
-    return json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": [
-                {"id": number, "content": piece.piece, "special": False, "normalized": False}
-                | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-                for number, piece in enumerate(model.pieces)
-                if piece.type == _USER_DEFINED
-            ],
-            "normalizer": {"type": "Sequence", "normalizers": _normalizers(spec)},
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": None,
-            "model": {
-                "type": "BPE",
-                "unk_token": trainer.unk_piece,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "vocab": {piece.piece: number for number, piece in enumerate(model.pieces)},
-                "merges": _merges(model.pieces),
-            },
-        }
-    )
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": piece.piece, "special": False, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for number, piece in enumerate(model.pieces)
+            if piece.type == _USER_DEFINED
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(spec)},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "unk_token": trainer.unk_piece,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece.piece: number for number, piece in enumerate(model.pieces)},
+            "merges": _merges(model.pieces),
+        },
+    }
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:

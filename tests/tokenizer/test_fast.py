@@ -89,14 +89,14 @@ def test_a_byte_level_tokenizer_keeps_its_added_tokens_and_loses_its_special_one
 def other_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give gigatoken the merges of equal score in another order, which changes long runs of spaces and nothing else."""
 
-    def wrong_form(tokenizer: Tokenizer) -> str:
-        content: dict[str, Any] = json.loads(fast_form(tokenizer))
+    def wrong_form(tokenizer: Tokenizer) -> dict[str, Any]:
+        content = fast_form(tokenizer)
         model = content["model"]
         is_run = [not way.strip("▁ ") for way in model["merges"]]
         runs = [way for way, run in zip(model["merges"], is_run, strict=True) if run]
         runs.sort(key=lambda way: [model["vocab"][piece] for piece in way.split(" ")])
         model["merges"] = [runs.pop(0) if run else way for way, run in zip(model["merges"], is_run, strict=True)]
-        return json.dumps(content)
+        return content
 
     monkeypatch.setattr(fast, "fast_form", wrong_form)
 
@@ -126,11 +126,11 @@ def test_other_ids_make_auto_fall_back_loudly(mistral: Tokenizer, capsys: pytest
 def test_a_sample_without_the_difference_is_not_enough(mistral: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Special tokens and unusual characters are compared whatever the sample holds."""
 
-    def with_special_tokens(tokenizer: Tokenizer) -> str:
-        content = json.loads(fast_form(tokenizer))
+    def with_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+        content = fast_form(tokenizer)
         token = {"id": 2, "content": "</s>", "special": True, "normalized": False}
         content["added_tokens"] = [token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)]
-        return json.dumps(content)
+        return content
 
     monkeypatch.setattr(fast, "fast_form", with_special_tokens)
     with pytest.raises(ConfigError, match=r"of the built-in ones.*</s>"):

@@ -1,6 +1,5 @@
 """Segments that are encoded once: the ids of whole texts, whatever the text; the table under pressure; tokenizers that allow no cuts."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,7 @@ def library() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def content(library: Tokenizer) -> dict[str, Any]:
-    form: dict[str, Any] = json.loads(fast_form(library))
-    return form
+    return fast_form(library)
 
 
 @pytest.fixture(scope="module")
