@@ -38,6 +38,10 @@ def check_connections(options: ParallelOptions, environment: Mapping[str, str], 
 def check_machine(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout, machine: Machine) -> None:
     """Raise ConfigError for what this machine cannot compute, and for settings that megatron-core itself refuses."""
     check_connections(config.parallel, os.environ, is_cuda=machine.is_cuda)
+    if config.parallel.use_megatron_fsdp and config.model.extra_settings.get("gradient_accumulation_fusion") and not machine.is_cuda:
+        raise ConfigError(
+            "gradient_accumulation_fusion=True goes with use_megatron_fsdp=True on GPUs alone; drop it from transformer_config."
+        )
     tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
     check_fp8(config.fp8, architecture, layout, tokens=tokens, capability=compute_capability(machine))
     try:

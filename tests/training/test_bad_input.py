@@ -86,6 +86,16 @@ def start(words: list[str]) -> None:
         (["--sliding-window", 16], 1, r"sliding_window=16 is not possible in the family llama.*mistral, qwen2"),
         (["--transformer-config", "hidden_dropout", "lots"], 1, r"hidden_dropout='lots' must be a number"),
         (["--transformer-config", "num_moe_experts", 3], 1, r"'num_moe_experts' is decided by the model and layout settings"),
+        (
+            [FSDP, "--transformer-config", "gradient_accumulation_fusion", "true"],
+            2,
+            r"gradient_accumulation_fusion=True goes with use_megatron_fsdp=True on GPUs alone",
+        ),
+        (
+            ["--transformer-config", "defer_embedding_wgrad_compute", "true", "--pipeline-model-parallel-size", 2],
+            2,
+            r"does not take these settings: .*gradient accumulation fusion",
+        ),
         (["--moe-z-loss-coeff", 0.1], 1, r"moe_z_loss_coeff: the family llama has no experts"),
         (["--min-lr", 1], 1, r"0 <= min_lr <= lr"),
         (["--lr-warmup-iters", 20], 1, r"lr_warmup_iters=20 must be below"),
