@@ -166,6 +166,8 @@ def main() -> None:
         "--warm-up", type=int, default=4, help="steps before the clock runs: the first three still ask the kernel for memory"
     )
     options = parser.parse_args()
+    if min(options.turns, options.steps, options.warm_up) < 1:
+        parser.error("--turns, --steps and --warm-up must be at least 1")
 
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}

@@ -172,6 +172,8 @@ def make_transformer_config(
     elif options.recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
     settings |= _checked_extra(options.transformer_config or {}, settings)
+    if not machine.is_cuda and settings.get("defer_embedding_wgrad_compute"):
+        settings["gradient_accumulation_fusion"] = False  # it wants apex's kernels themselves: megatron-core refuses it then
     return TransformerConfig(**settings)
 
 
@@ -265,10 +267,8 @@ def _is_fused(machine: Machine, options: BuildOptions) -> bool:
 
 
 def _can_fuse_weight_gradients(machine: Machine, options: BuildOptions) -> bool:
-    """Whether a kernel adds them up: apex's, or what the seam has in its place, though not for a deferred embedding."""
-    if machine.is_cuda:
-        return options.fp8_emulation is None and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return not (options.transformer_config or {}).get("defer_embedding_wgrad_compute")
+    """Whether a kernel adds them up: apex's for Transformer Engine's layers, or what the seam has in its place."""
+    return not machine.is_cuda or (_is_fused(machine, options) and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
 
 
 def _layer_spec(config: TransformerConfig, architecture: Architecture, vp_stage: int | None, *, fused: bool) -> Any:

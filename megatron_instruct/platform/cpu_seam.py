@@ -154,6 +154,17 @@ class Replacement:
     is_optional: bool = False
     """Whether the symbol is there only with a package that need not be installed."""
 
+    def place(self) -> tuple[Any, str]:
+        """Return the module or class that holds the symbol, and its name there."""
+        module, path = self.symbol.split(":")
+        *owners, name = path.split(".")
+        return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+    def current(self) -> Any:
+        """Return what stands there now; None where an optional symbol is missing."""
+        owner, name = self.place()
+        return getattr(owner, name, None) if self.is_optional else getattr(owner, name)
+
 
 def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda _original: lambda *_values, **_options: value
@@ -267,9 +278,5 @@ def install() -> None:
         )
     _device_constructors()  # cached by torch 2.13: `with torch.device(...)` goes on knowing the original factories that ours call
     for replacement in REPLACEMENTS:
-        module, path = replacement.symbol.split(":")
-        *owners, name = path.split(".")
-        owner = functools.reduce(getattr, owners, importlib.import_module(module))
-        original = getattr(owner, name, None) if replacement.is_optional else getattr(owner, name)
-        setattr(owner, name, replacement.make(original))
+        setattr(*replacement.place(), replacement.make(replacement.current()))
         _installed.append(replacement.symbol)

@@ -251,7 +251,6 @@ def test_files_of_another_tool_are_never_overwritten(tmp_path: Path, corpus: Pat
 def test_the_stage_loads_neither_torch_nor_transformers() -> None:
     code = """
 import sys
-import threading
 import megatron_instruct.preprocessing.run, megatron_instruct.preprocessing.inspection
 sys.exit(" ".join(sorted({"torch", "transformers", "pyarrow"} & sys.modules.keys())) or 0)
 """

@@ -6,8 +6,6 @@ RESULT.json: {"kind": "cpu" or "cuda", "installed": [...], "changed": [...]}; th
 that the seam says it replaced and those that are another object than before the run.
 """
 
-import functools
-import importlib
 import json
 import os
 import sys
@@ -25,20 +23,14 @@ def main() -> None:
     noise.silence()
     from megatron_instruct.platform import cpu_seam, device
 
-    before = {replacement.symbol: find(replacement.symbol) for replacement in cpu_seam.REPLACEMENTS}
+    before = {replacement: replacement.current() for replacement in cpu_seam.REPLACEMENTS}
     config = parse(PretrainConfig, sys.argv[2:], prog="pretrain.py")
     assert config is not None
     run(config)
-    changed = [symbol for symbol, value in before.items() if find(symbol) is not value]
+    changed = [replacement.symbol for replacement, value in before.items() if replacement.current() is not value]
     if os.environ.get("RANK", "0") == "0":
         found = {"kind": device.current().kind, "installed": cpu_seam._installed, "changed": changed}
         Path(sys.argv[1]).write_text(json.dumps(found))
-
-
-def find(symbol: str) -> object:
-    module, path = symbol.split(":")
-    *owners, name = path.split(".")
-    return getattr(functools.reduce(getattr, owners, importlib.import_module(module)), name, None)
 
 
 if __name__ == "__main__":
