@@ -6,13 +6,15 @@ at a time, which say what is wrong or accept it. So a line's fate depends on the
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 
 from megatron_instruct.corpora.parts import Part, Slice, read_part
@@ -23,25 +25,31 @@ from megatron_instruct.templates.rendering import Rendering
 
 BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 1 << 14
+_BREAK, _RETURN, _OPEN, _CLOSE = b"\n\r{}"
 _NOT_DECODED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-@dataclass(slots=True)
+@dataclass
 class Block:
     """Documents in the order of the input, and the records between them that are none."""
 
     path: Path
     columns: tuple[list[str], ...]
     """Texts of the documents, a list for each JSON key."""
-    numbers: list[int] = field(default_factory=list)
+    numbers: MutableSequence[int] | range = field(default_factory=list)
     """Line, or row, of each document."""
-    raw: list[bytes | dict[str, Any]] = field(default_factory=list)
-    """Each document as it was read."""
+    content: bytes | None = None
+    """The lines of the documents, where every line is one."""
     spans: dict[int, Spans] = field(default_factory=dict)
     """Roles of the documents that have them, by their place in the block."""
     rendered: dict[int, Rendering] = field(default_factory=dict)
     """How the documents that were rendered here came about, by their place in the block."""
     broken: list[BrokenRecord] = field(default_factory=list)
+
+    @cached_property
+    def raw(self) -> list[bytes | dict[str, Any]]:
+        """Each document as it was read."""
+        return [] if self.content is None else [*self.content.split(b"\n")]
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -59,6 +67,7 @@ class Block:
             self.broken.append(item)
             return
         place = len(self.numbers)
+        assert not isinstance(self.numbers, range), "what is read line by line has a list"
         for column, text in zip(self.columns, item.texts, strict=True):
             column.append(text)
         self.numbers.append(number)
@@ -90,35 +99,35 @@ class BlockReader:
         with open(piece.path, "rb") as stream:
             stream.seek(piece.start)
             for content in _line_blocks(stream, piece.end - piece.start):
-                lines = content.split(b"\n")
-                if not lines[-1]:
-                    lines.pop()
-                block = self._decoded(lines, piece.path, number) if _is_utf8(content) else None
-                block = block or self._line_by_line(lines, piece.path, number)
+                is_utf8 = _is_utf8(content)
+                block = self._decoded(content, piece.path, number) if is_utf8 else None
+                block = block or self._line_by_line(content, piece.path, number, is_utf8=is_utf8)
                 found = found or len(block) + len(block.broken) > 0
-                number += len(lines)
+                number += content.count(b"\n")
                 yield block
         if piece.whole and not found:
             yield from self._careful(read_part(Part(slices=(piece,))))  # a file of blank lines: let its reader say so
 
-    def _decoded(self, lines: list[bytes], path: Path, number: int) -> Block | None:
+    def _decoded(self, content: bytes, path: Path, number: int) -> Block | None:
         """Return the block when every line is a plain document, else None."""
         if self._decode is None:
             return None
         try:
-            rows = list(map(self._decode, lines))
+            rows = self._decode(content)
         except _NOT_DECODED:
+            return None
+        if len(rows) != _lines_of_objects(content):
             return None
         columns = tuple(list(map(operator.attrgetter(name), rows)) for name in self._names)
         for column in columns:
             if not all(column) or any(map(str.isspace, column)) or any(map(operator.contains, column, repeat("\0"))):
                 return None
-        return Block(path, columns, numbers=list(range(number, number + len(rows))), raw=[*lines])
+        return Block(path, columns, numbers=range(number, number + len(rows)), content=content)
 
-    def _line_by_line(self, lines: Iterable[bytes], path: Path, first: int) -> Block:
+    def _line_by_line(self, content: bytes, path: Path, first: int, *, is_utf8: bool) -> Block:
         block, examples = self._empty_block(path), False
-        for number, line in enumerate(lines, first):
-            document = self._at_once(line, number, path, examples=examples) if _is_clean(line) else None
+        for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), first):
+            document = self._at_once(line, number, path, examples=examples) if is_utf8 or _is_utf8(line) else None
             if document is not None:
                 block.add(document, number, line)
                 examples = document.rendering is not None  # then the next line is likely one, too
@@ -136,7 +145,7 @@ class BlockReader:
 
     def _plain(self, line: bytes) -> Document | None:
         """Return the document of a line when it is a plain one and nothing is wrong with it."""
-        block = self._decoded([line], Path(), 0)
+        block = self._decoded(line, Path(), 0)
         return Document(texts=tuple(texts[0] for texts in block.columns)) if block is not None else None
 
     def _augmented(self, line: bytes) -> Document | None:
@@ -147,8 +156,8 @@ class BlockReader:
             row = _AUGMENTED.decode(line)
         except _NOT_DECODED:
             return None
-        spans = checked_spans(row.spans, row.text) if row.text.strip() else "no text"
-        return None if isinstance(spans, str) else Document(texts=(row.text,), spans=spans)
+        spans = checked_spans(row.spans, row.text) if row.text.strip() and "\0" not in row.text else None
+        return None if spans is None or isinstance(spans, str) else Document(texts=(row.text,), spans=spans)
 
     def _example(self, line: bytes, number: int, path: Path) -> Document | None:
         example = MShotExample.from_line(line) if self._keys == ("text",) else None
@@ -185,13 +194,13 @@ class _Augmented(msgspec.Struct, gc=False):
 _AUGMENTED = msgspec.json.Decoder(_Augmented)
 
 
-def _row_decoder(names: Mapping[str, str]) -> Callable[[bytes], Any] | None:
-    """Return the decoder of plain documents. names: JSON key of each field. None where only the careful readers will do."""
+def _row_decoder(names: Mapping[str, str]) -> Callable[[bytes], list[Any]] | None:
+    """Return the decoder of lines of plain documents. names: JSON key of each field. None where only the careful readers will do."""
     if {"spans", "shots"} & set(names.values()):
         return None
     fields: list[Any] = [(name, str) for name in names]
     fields += [(mark, msgspec.UnsetType, UNSET) for mark in ("spans", "shots")]  # what has these may be no plain one, and is refused
-    return msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=dict(names), gc=False)).decode
+    return msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=dict(names), gc=False)).decode_lines
 
 
 def _line_blocks(stream: IO[bytes], left: int) -> Iterator[bytes]:
@@ -203,14 +212,28 @@ def _line_blocks(stream: IO[bytes], left: int) -> Iterator[bytes]:
         yield content
 
 
-def _is_clean(line: bytes) -> bool:
-    """Whether all of it is UTF-8, and no text can hold a NUL."""
-    return b"\\u0000" not in line and _is_utf8(line)
+def _lines_of_objects(content: bytes) -> int | None:
+    """Return the number of lines when each, if it is JSON, is one object or several; None where msgspec may not read all lines at once.
+
+    It would take an object over two lines, too. But where one line ends with "}" and the next begins with "{", no object goes on: neither
+    inside an object nor inside an array does one come right after the other.
+    """
+    characters = np.frombuffer(content.removesuffix(b"\n"), dtype=np.uint8)
+    breaks = np.flatnonzero(characters == _BREAK)
+    starts, ends = np.concatenate(([0], breaks + 1)), np.append(breaks, len(characters)) - 1
+    if (ends < starts).any():
+        return None
+    ends -= characters[ends] == _RETURN
+    return len(starts) if (characters[starts] == _OPEN).all() and (characters[ends] == _CLOSE).all() else None
 
 
 def _is_utf8(content: bytes) -> bool:
     """Whether all of it is UTF-8, which msgspec checks in what it returns only."""
+    if content.isascii():
+        return True
+    looked_at = np.frombuffer(content, dtype=np.int8) < 0
+    looked_at[1:] |= looked_at[:-1]  # a byte between the characters that are not ASCII
     try:
-        return content.isascii() or bool(content.decode())
+        return bool(np.frombuffer(content, dtype=np.uint8)[looked_at].tobytes().decode())
     except UnicodeDecodeError:
         return False

@@ -9,23 +9,28 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from megatron_instruct.corpora.read import BrokenRecord, Record, text_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
-from megatron_instruct.records import ROLE_CODES, MShotExample, Role
+from megatron_instruct.records import MShotExample, Role
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.rendering import Rendering, render
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 
-type Spans = Sequence[tuple[int, int, int]]
-"""Characters [start, end) of a text and the code of their role, in order, from 0 to the end without gap or overlap."""
+
+class Spans(NamedTuple):
+    """Roles of the characters of a text, as records.AugmentedText has them: no span is empty, the last one ends with the text."""
+
+    ends: Sequence[int]
+    roles: Sequence[Role]
+
 
 _EXAMPLE_KEYS = {"id", "shots"}
 _AUGMENTED_KEYS = {"id", "text", "spans", "provenance"}
 _TEXT_ONLY = ("text",)
-_ROLES: dict[str, int] = {role: ROLE_CODES[role] for role in get_args(Role)}
+_ROLES = frozenset(get_args(Role))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +90,10 @@ class DocumentMaker:
                 example = MShotExample.from_json(value, where=record.where)
             except InputError as error:
                 return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
-            return self.rendered(example, record)
+            try:
+                return self._encodable(example, record)
+            except UnicodeEncodeError as error:
+                return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
         texts = self._texts(record)
         if isinstance(texts, BrokenRecord) or not is_augmented:
             return texts if isinstance(texts, BrokenRecord) else Document(texts=texts)
@@ -101,30 +109,35 @@ class DocumentMaker:
             texts.append(text)
         return tuple(texts)
 
+    def _encodable(self, example: MShotExample, record: Record) -> Document | BrokenRecord:
+        """Return the document of an example that may hold lone surrogates. Raises UnicodeEncodeError where what is written would."""
+        made = self.rendered(example, record)
+        if isinstance(made, Document) and made.rendering is not None:
+            for text in (*made.texts, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in made.rendering.set_aside)):
+                text.encode()
+        return made
+
     def rendered(self, example: MShotExample, record: Record) -> Document | BrokenRecord:
-        """Return the document of an example. record: what it was read from."""
+        """Return the document of an example without lone surrogates. record: what it was read from."""
         if self._bank is None:
             self._bank = load_bank(self._options.bank, extension=self._options.extension)
-        try:
-            rendering = render(example, self._bank, seed=self._options.seed)
-            for text in (rendering.document.text, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in rendering.set_aside)):
-                text.encode()
-        except UnicodeEncodeError as error:
-            return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
+        rendering = render(example, self._bank, seed=self._options.seed)
         document = rendering.document
-        codes = [_ROLES[role] for role in document.roles]
-        spans = list(zip((0, *document.ends[:-1]), document.ends, codes, strict=True))
-        return Document(texts=(document.text,), spans=spans, rendering=rendering)
+        if "\0" in document.text:
+            return record.broken(
+                "NUL character", f"a text of the example holds a NUL, at character {document.text.index(chr(0))} of the document"
+            )
+        return Document(texts=(document.text,), spans=Spans(document.ends, document.roles), rendering=rendering)
 
 
 def checked_spans(spans: Any, text: str) -> Spans | str:
-    """Return the spans of a rendered document with the codes of their roles, or what is wrong with them."""
+    """Return the spans [start, end, role] of a rendered document as `Spans`, or what is wrong with them."""
     try:
         starts, ends, roles = zip(*spans, strict=True)
-        codes = [_ROLES[role] for role in roles]
-        if starts == (0, *ends[:-1]) and ends[-1] == len(text) and all(map(operator.lt, starts, ends)):
-            return list(zip(starts, ends, codes, strict=True))
-    except (TypeError, ValueError, KeyError):
+        fit = starts == (0, *ends[:-1]) and ends[-1] == len(text) and all(map(operator.lt, starts, ends))
+        if fit and set(map(type, ends)) == {int} and _ROLES.issuperset(roles):
+            return Spans(ends, roles)
+    except (TypeError, ValueError):
         pass  # said in words below
     return _fault_of_spans(spans, text)
 
@@ -136,7 +149,7 @@ def _fault_of_spans(spans: Any, text: str) -> str:
             case [int(start), int(stop), str(role)] if role in _ROLES and start == end < stop:
                 end = stop
             case _:
-                return f"span {number} is {json.dumps(span)}; it must be [{end}, end, role]; roles: {', '.join(_ROLES)}"
+                return f"span {number} is {json.dumps(span)}; it must be [{end}, end, role]; roles: {', '.join(get_args(Role))}"
     return f"the spans end at {end}; the text has {len(text)} characters"
 
 

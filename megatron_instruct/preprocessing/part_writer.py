@@ -80,13 +80,15 @@ class PartWriter:
         rows: list[tuple[int, Mapping[str, Any]]] = [(one.line, _row(one)) for one in rejected]
         self._kept += int(kept.sum())
         self._rejected.update(one.reason for one in rejected)
-        for place, rendering in block.rendered.items():
-            if kept[place]:
-                self._bank = rendering.document.provenance["bank"]
-                self._rendering.update(examples=1, pairs_rendered=rendering.pairs, pairs_set_aside=len(rendering.set_aside))
+        rendered = [(block.numbers[place], rendering) for place, rendering in block.rendered.items() if kept[place]]
+        for line, rendering in rendered:
+            if rendering.set_aside:
                 self._pairs_set_aside.update(one.reason for one in rendering.set_aside)
-                line = block.numbers[place]
                 rows += [(line, row) for row in set_aside_rows(rendering, block.path, line)]
+        if rendered:
+            self._bank = rendered[0][1].document.provenance["bank"]
+            pairs, set_aside = sum(one.pairs for _, one in rendered), sum(len(one.set_aside) for _, one in rendered)
+            self._rendering.update(examples=len(rendered), pairs_rendered=pairs, pairs_set_aside=set_aside)
         for _, row in sorted(rows, key=lambda numbered: numbered[0]):
             self._rejects.write(json.dumps(row).encode() + b"\n")
 

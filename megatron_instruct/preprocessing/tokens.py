@@ -57,8 +57,7 @@ def _encoded(texts: Sequence[str], spans: Mapping[int, Spans], counts: npt.NDArr
     flat = tokenizer.encode_flat(texts, ends=bool(spans))
     if not spans:
         return Tokens(ids=flat.ids, sequences=flat.lengths, documents=counts, codes=None)
-    assert flat.ends is not None, "ends were asked for"
-    return Tokens(ids=flat.ids, sequences=flat.lengths, documents=counts, codes=token_roles(texts, spans, flat.lengths, flat.ends))
+    return Tokens(ids=flat.ids, sequences=flat.lengths, documents=counts, codes=token_roles(texts, spans, flat))
 
 
 def _without_empty_sequences(tokens: Tokens) -> Tokens:

@@ -4,6 +4,7 @@ Comes in: numbered parts. Goes out: one finished folder for each. A worker that 
 parent dies end at once, so that they never meet those of the next run. Does not know: what a part becomes afterwards.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -204,6 +205,7 @@ def work(connection_descriptor: int, lifeline: int) -> None:
         while (message := connection.recv()) is not None:
             if isinstance(message, WorkerSetup):
                 setup, encoder = message, _encoder_or_error(message)
+                gc.freeze()  # what is loaded stays, and need not be looked through for garbage
                 continue
             task = message
             if isinstance(encoder, MegatronInstructError):

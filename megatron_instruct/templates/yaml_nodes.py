@@ -67,7 +67,10 @@ class Node:
             self.fail(f"a text is needed here, not {self._kind()}.")
         if self.node.tag != "tag:yaml.org,2002:str":
             self.fail(f"{self.node.value!r} is no text for YAML; put it in quotes.")
-        return str(self.node.value)
+        text = str(self.node.value)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            self.fail(f"{text!r} holds half of a surrogate pair, which is no text; write the whole character.")
+        return text
 
     def number(self) -> float:
         try:

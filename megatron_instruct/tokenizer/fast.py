@@ -16,7 +16,6 @@ import numpy.typing as npt
 from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
 from megatron_instruct.tokenizer.flat import Ends, FlatTokens, Spelling, token_dtype
-from megatron_instruct.tokenizer.huggingface import spelled_pieces
 from megatron_instruct.tokenizer.protocol import Tokenizer
 from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
 
@@ -110,12 +109,11 @@ class FastTokenizer:
 
     @cached_property
     def _spelling(self) -> Spelling:
-        """Which bytes each id spells. Where texts may be cut, the form says so for all that text becomes, without loading the library."""
+        """Which bytes each id spells. Where texts may be cut, the form says how many, so that the library need not be loaded."""
         if self._form.cuts is None:
             spelling: Spelling = self._library.spelling
             return spelling
-        model = json.loads(self._form.content)["model"]
-        return Spelling.of(spelled_pieces(model["vocab"], self.vocab_size, unknown=model.get("unk_token")), prefix=1)
+        return Spelling(pieces=(), sizes=np.frombuffer(self._form.cuts.sizes, dtype=np.uint16).astype(np.int64), prefix=1)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._library.encode(text)
@@ -126,14 +124,16 @@ class FastTokenizer:
         return ids
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
+        contents = None
         if self._segments is not None:
-            found, lengths = self._segments.encode(texts)
-            flat = FlatTokens(ids=found.astype(self._dtype), lengths=lengths, ends=None)
+            contents = list(map(str.encode, texts))
+            found, lengths = self._segments.encode(texts, contents)
+            flat = FlatTokens(ids=found.astype(self._dtype), lengths=lengths)
         elif len(texts) >= _MANY and sum(map(len, texts)) < _SHORT * len(texts):
             flat = self._at_once(texts)
         else:
             flat = self._one_by_one(texts)
-        return self._spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        return self._spelling.with_places(texts, flat, self.ends_of, contents) if ends else flat
 
     def _renewed(self, characters: int) -> Any:
         """Return gigatoken's tokenizer, for that many characters more."""
@@ -149,14 +149,14 @@ class FastTokenizer:
     def _one_by_one(self, texts: Sequence[str]) -> FlatTokens:
         found = list(map(self._encode, texts))
         ids = np.concatenate(found, dtype=self._dtype, casting="unsafe") if found else np.empty(0, self._dtype)
-        return FlatTokens(ids=ids, lengths=np.fromiter(map(len, found), dtype=np.int32, count=len(found)), ends=None)
+        return FlatTokens(ids=ids, lengths=np.fromiter(map(len, found), dtype=np.int32, count=len(found)))
 
     def _at_once(self, texts: Sequence[str]) -> FlatTokens:
         engine = self._renewed(sum(map(len, texts)))
         layout = engine.encode_batch(list(texts), parallel=False).layout  # one process, one core
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self._dtype)
-        return FlatTokens(ids=ids, lengths=np.diff(offsets).astype(np.int32), ends=None)
+        return FlatTokens(ids=ids, lengths=np.diff(offsets).astype(np.int32))
 
     def ends_of(self, text: str) -> Ends:
         ends: Ends = self._library.ends_of(text)

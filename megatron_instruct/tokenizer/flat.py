@@ -28,12 +28,31 @@ class FlatTokens:
     """[tokens], in the dtype of a data set with this vocabulary."""
     lengths: npt.NDArray[np.int32]
     """Tokens of each text, [texts]."""
-    ends: Ends | None
-    """For each token the number of UTF-8 bytes of its text up to its end, [tokens].
+    places: "Places | None" = None
+    """Where in their texts the tokens are; None unless asked for."""
 
-    A token begins where the one before it ends, the first with the text; the last ends with the text. Where several tokens share a
+    @property
+    def ends(self) -> Ends | None:
+        """For each token the number of UTF-8 bytes of its text up to its end, [tokens]."""
+        if self.places is None:
+            return None
+        return self.places.bounds[1:] - np.repeat(self.places.origins, self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where tokens begin and end, in bytes, counted on through all texts.
+
+    A token begins where the one before it ends, the first with its text; the last ends with the text. Where several tokens share a
     character and nothing says which of its bytes are whose, the last of them has all of it.
     """
+
+    bounds: Ends
+    """Where each token ends, and before them 0: [tokens + 1], never falling."""
+    origins: Ends
+    """Where each text begins, [texts]."""
+    contents: Sequence[bytes]
+    """The texts in UTF-8."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -46,6 +65,7 @@ class Spelling:
     """The bytes that each id spells; NO_TEXT for an id that stands for none."""
 
     pieces: Sequence[bytes]
+    """Not looked at where `prefix` is known."""
     sizes: Ends
     """Of the pieces, in bytes."""
     prefix: int | None
@@ -59,35 +79,48 @@ class Spelling:
     def of(cls, pieces: Sequence[bytes], *, prefix: int | None) -> "Spelling":
         return cls(pieces=pieces, sizes=np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)), prefix=prefix)
 
-    def with_ends(self, texts: Sequence[str], tokens: FlatTokens, from_library: Callable[[str], Ends]) -> FlatTokens:
-        """Return the tokens with where each ends in its text, in bytes.
+    def with_places(
+        self, texts: Sequence[str], tokens: FlatTokens, from_library: Callable[[str], Ends], contents: Sequence[bytes] | None = None
+    ) -> FlatTokens:
+        """Return the tokens with their places.
 
-        from_library: called with a text whose tokens spell something else, to return the ends of its tokens.
+        from_library: called with a text whose tokens spell something else, to return the ends of its tokens. contents: the texts in UTF-8.
         """
-        bounds = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))
-        through = np.concatenate(([0], np.cumsum(self.sizes[tokens.ids])))
-        before, spelled = through[bounds[:-1]], np.diff(through[bounds])
+        contents = contents or list(map(str.encode, texts))
+        first = np.concatenate(([0], np.cumsum(tokens.lengths, dtype=np.int64)))
+        sizes = self.sizes[tokens.ids]
+        bounds = _through(sizes)
+        spelled = np.diff(bounds[first])
         if self.prefix is None:
-            extra = self._compared(texts, tokens, bounds)
+            extra = self._compared(contents, tokens, first)
         else:
-            sizes = np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
-            extra = np.where(spelled == sizes + self.prefix, self.prefix, _OTHER)
-        ends = through[1:] - np.repeat(before + extra, tokens.lengths)
-        for place in np.flatnonzero((extra == _OTHER) & (tokens.lengths > 0)).tolist():
-            ends[bounds[place] : bounds[place + 1]] = from_library(texts[place])
-        return dataclasses.replace(tokens, ends=ends)
+            extra = np.where(spelled == np.fromiter(map(len, contents), np.int64, len(texts)) + self.prefix, self.prefix, _OTHER)
+        others = np.flatnonzero((extra == _OTHER) & (tokens.lengths > 0)).tolist()
+        for place in others:
+            sizes[first[place] : first[place + 1]] = np.diff(from_library(texts[place]), prepend=0)
+        if others:
+            bounds = _through(sizes)
+        origins = bounds[first[:-1]] + np.maximum(extra, 0)
+        return dataclasses.replace(tokens, places=Places(bounds=bounds, origins=origins, contents=contents))
 
-    def _compared(self, texts: Sequence[str], tokens: FlatTokens, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _compared(self, contents: Sequence[bytes], tokens: FlatTokens, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many bytes each text's tokens spell before the text, byte by byte the same; _OTHER where they spell something else."""
         pieces = list(map(self.pieces.__getitem__, tokens.ids.tolist()))
-        extra = np.full(len(texts), _OTHER, dtype=np.int64)
-        for place, (text, (start, stop)) in enumerate(zip(texts, itertools.pairwise(bounds.tolist()), strict=True)):
-            content, spelled = text.encode(), b"".join(pieces[start:stop])
+        extra = np.full(len(contents), _OTHER, dtype=np.int64)
+        for place, (content, (start, stop)) in enumerate(zip(contents, itertools.pairwise(bounds.tolist()), strict=True)):
+            spelled = b"".join(pieces[start:stop])
             if spelled == content:
                 extra[place] = 0
             elif spelled[:1] == b" " and spelled[1:] == content:  # the space that many tokenizers put before a text
                 extra[place] = 1
         return extra
+
+
+def _through(sizes: npt.NDArray[np.int64]) -> Ends:
+    """Return 0 and the sums of the first sizes."""
+    bounds = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=bounds[1:])
+    return bounds
 
 
 def piece_bytes(piece: str) -> bytes:
@@ -123,4 +156,4 @@ def flat_tokens(ids: Sequence[Sequence[int]] | Sequence[npt.NDArray[Any]], vocab
         flat = np.concatenate(ids).astype(dtype)
     else:
         flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=dtype, count=int(lengths.sum(dtype=np.int64)))
-    return FlatTokens(ids=flat, lengths=lengths, ends=None)
+    return FlatTokens(ids=flat, lengths=lengths)

@@ -56,7 +56,7 @@ class HuggingFaceTokenizer:
         """Which bytes each id spells; made when it is first asked for, since it takes as long as the rest of the loading."""
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         letters = byte_letters() if self._is_byte_level else {}
-        pieces = spelled_pieces(vocabulary, self.vocab_size, letters, unknown=self._unknown)
+        pieces = _spelled_pieces(vocabulary, self.vocab_size, letters, unknown=self._unknown)
         return Spelling.of(pieces, prefix=self._prefix)
 
     def encode(self, text: str) -> list[int]:
@@ -68,7 +68,7 @@ class HuggingFaceTokenizer:
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         flat = flat_tokens(self.encode_batch(texts), self.vocab_size)
-        return self.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        return self.spelling.with_places(texts, flat, self.ends_of) if ends else flat
 
     def ends_of(self, text: str) -> Ends:
         return ends_of_characters(text, self._tokenizer.encode(text, add_special_tokens=False).offsets)
@@ -104,7 +104,7 @@ def _prefix(content: dict[str, Any]) -> int | None:
     return 1 if normalizers == PREPENDED and not cuts and not added else None
 
 
-def spelled_pieces(
+def _spelled_pieces(
     vocabulary: Mapping[str, int], vocab_size: int, letters: Mapping[str, int] = MappingProxyType({}), *, unknown: str | None
 ) -> list[bytes]:
     """Return the bytes that each id spells, as far as the vocabulary says so. letters: of a byte-level vocabulary; else none."""

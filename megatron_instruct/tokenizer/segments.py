@@ -40,6 +40,8 @@ class Cuts:
     """[256 * 256], 1 where some piece has the second byte behind the first, or the second is inside of a character, else 0."""
     separator: int
     """A byte that no piece has beside another."""
+    sizes: bytes
+    """How many bytes each id spells, uint16 [vocab_size]; 1 where it is no text."""
 
 
 def safe_cuts(content: dict[str, Any]) -> Cuts | None:
@@ -61,7 +63,13 @@ def safe_cuts(content: dict[str, Any]) -> Cuts | None:
     neighbours = np.add(joins.sum(axis=0), joins.sum(axis=1))
     joins[:, 0x80:0xC0] = True
     separator = next((byte for byte in range(1, 0x20) if not neighbours[byte]), None)
-    return Cuts(joins=joins.tobytes(), separator=separator) if separator is not None else None
+    if separator is None:
+        return None
+    sizes = np.ones(max(vocabulary.values()) + 1, dtype=np.uint16)
+    sizes[list(vocabulary.values())] = list(map(len, pieces))
+    if model.get("unk_token") in vocabulary:
+        sizes[vocabulary[model["unk_token"]]] = 1
+    return Cuts(joins=joins.tobytes(), separator=separator, sizes=sizes.tobytes())
 
 
 @functools.cache
@@ -103,11 +111,10 @@ class SegmentTable:
         weakref.finalize(self, library.free, self._table)
         self._found = np.empty(_AT_ONCE, dtype=np.int32)
 
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return the ids of the texts, one after another, and how many each has."""
-        if any(map(operator.contains, texts, itertools.repeat(_SPACE_LIKE))):
-            texts = [text.replace(_SPACE_LIKE, " ") for text in texts]  # the tokenizer writes a space like this: both have the same ids
-        contents = list(map(str.encode, texts))
+    def encode(self, texts: Sequence[str], contents: Sequence[bytes]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return the ids of the texts, one after another, and how many each has. contents: the texts in UTF-8."""
+        if any(map(operator.contains, texts, itertools.repeat(_SPACE_LIKE))):  # the tokenizer writes a space so: both have the same ids
+            contents = [text.replace(_SPACE_LIKE, " ").encode() for text in texts]
         whole = b" ".join([b"", *contents, _PADDING])
         bounds = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, contents), np.int64, len(texts)) + 1, out=bounds[1:])

@@ -61,7 +61,7 @@ class SentencePieceTokenizer:
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         ids = self._processor.encode(list(texts), return_type="numpy", num_threads=1) if texts else []
         flat = flat_tokens(ids, self.vocab_size)
-        return self.spelling.with_ends(texts, flat, self.ends_of) if ends else flat
+        return self.spelling.with_places(texts, flat, self.ends_of) if ends else flat
 
     def ends_of(self, text: str) -> Ends:
         content = text.encode()

@@ -54,7 +54,7 @@ class TikTokenizer:
 
     def encode_flat(self, texts: Sequence[str], *, ends: bool = False) -> FlatTokens:
         flat = flat_tokens([self._ids(text) for text in texts], self.vocab_size)
-        return self.spelling.with_ends(texts, flat, _never) if ends else flat
+        return self.spelling.with_places(texts, flat, _never) if ends else flat
 
     def _ids(self, text: str) -> npt.NDArray[np.uint32]:
         return self._encoding.encode_to_numpy(text, disallowed_special=())

@@ -292,3 +292,28 @@ def test_a_line_of_50_mb_is_one_document_in_bounded_memory(tmp_path: Path, token
     assert done.returncode == 0, done.stderr
     assert texts_of(tmp_path / "a", tokenizer_folder) == ["before", "A short text.", "after"]
     assert int(done.stdout.split()[-1]) < 500, "MiB of the largest worker: about 60, and the line in a few forms"
+
+
+NOT_AN_OBJECT_A_LINE = [
+    b'{"text":\n"one"}\n{"text": "two"} {"text": "three"}\n{"text": "four"}',
+    b'{"text": "one"}{"text": "two"}\n{"text": "three"}\n',
+    b'{"text": "one", "more": [{}\n{"text": "two"}]}\n{"text": "three"}\n',
+    b'{"text": "one"}\n\n{"text": "two"}\n{"text": "three"}',
+    b'{"text": "one"}\r\n{"text": "two"}\r\n \t{"text": "three"} \r\n',
+    b'{"text": "one"}\r{"text": "two"}\r\n{"text": "three"}\n',
+    b'\n\n{"text": "one"}\n{"text": "two", "more": "}\n{"}\n{"text": "three"}',
+]
+
+
+@pytest.mark.parametrize("content", NOT_AN_OBJECT_A_LINE)
+def test_lines_are_read_at_once_only_where_each_is_an_object(tmp_path: Path, tokenizer_folder: Path, content: bytes) -> None:
+    """A compressed file is read by the careful readers alone, a line at a time."""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    found = []
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        prefix = tmp_path / name.replace(".", "_") / "a"
+        manifest = preprocess([tmp_path / name], prefix, tokenizer_folder, append_eod=True, on_error="reject")
+        files = [prefix.with_name(f"a_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "rejects.jsonl")]
+        found.append((manifest.counts, manifest.rejected, *(file.replace(b".jsonl.gz", b".jsonl") for file in files)))
+    assert found[0] == found[1]

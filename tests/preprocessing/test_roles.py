@@ -168,7 +168,7 @@ def test_lines_decoded_at_once_fare_as_those_read_carefully(
         files = [prefix.with_name(f"a_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "roles", "rejects.jsonl")]
         found[name] = (manifest.counts, manifest.rejected, *(file.replace(b".jsonl.gz", b".jsonl") for file in files))
     assert found["a.jsonl"] == found["a.jsonl.gz"]
-    assert set(found["a.jsonl"][1]) == {"no example", "lone surrogate", "broken JSON"}
+    assert set(found["a.jsonl"][1]) == {"no example", "lone surrogate", "broken JSON", "NUL character"}
 
 
 def test_plain_documents_alone_have_no_sidecar(tmp_path: Path, corpus: Path, tokenizer_folder: Path, preprocess: Preprocess) -> None:

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 
 from megatron_instruct.errors import InputError
+from megatron_instruct.preprocessing.documents import Spans
 from megatron_instruct.preprocessing.roles import STRADDLES, token_roles
 from megatron_instruct.records import ROLE_CODES, AugmentedText, InstructionPair, MShotExample, OneShotExample, PairKind
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
@@ -138,9 +139,8 @@ def test_the_tokens_marked_response_are_the_responses(name: str, language: str, 
     documents = [render(example, bank(language), seed=5).document for example in plain_examples()]
     texts = [document.text for document in documents]
     flat = load_tokenizer(folder).encode_flat(texts, ends=True)
-    assert flat.ends is not None
-    spans = {place: [(span.start, span.end, ROLE_CODES[span.role]) for span in document.spans] for place, document in enumerate(documents)}
-    roles = token_roles(texts, spans, flat.lengths, flat.ends) & (STRADDLES - 1)
+    spans = {place: Spans(document.ends, document.roles) for place, document in enumerate(documents)}
+    roles = token_roles(texts, spans, flat) & (STRADDLES - 1)
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     first = 0
     for document, length in zip(documents, flat.lengths, strict=True):

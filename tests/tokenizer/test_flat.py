@@ -168,7 +168,7 @@ def test_added_sizes_and_compared_bytes_give_the_same_ends(tokenizer: Tokenizer)
     """Where a tokenizer is known to leave texts as they are, sizes are added up; the slower way compares every byte."""
     fast = tokenizer.encode_flat(TEXTS, ends=True).ends
     slow_spelling = dataclasses.replace(tokenizer.spelling, prefix=None)  # type: ignore[attr-defined]
-    slow = slow_spelling.with_ends(TEXTS, tokenizer.encode_flat(TEXTS), tokenizer.ends_of).ends  # type: ignore[attr-defined]
+    slow = slow_spelling.with_places(TEXTS, tokenizer.encode_flat(TEXTS), tokenizer.ends_of).ends  # type: ignore[attr-defined]
     assert fast is not None and fast.tolist() == slow.tolist()
 
 
