@@ -116,14 +116,18 @@ class Bank:
     def may_say_none_of_these(self, options: Sequence[str]) -> bool:
         """Return False where no option is in `none_of_these`, for nearly all options and without comparing them one by one."""
         joined = "\n".join(options)
-        joined = joined.casefold() if joined.isascii() else unicodedata.normalize("NFKC", joined).casefold()
-        return any(map(joined.__contains__, self._words_of_none))
+        joined = joined if joined.isascii() else unicodedata.normalize("NFKC", joined)
+        return "" in self._words_of_none or not self._words_of_none.isdisjoint(_words(joined.casefold()))
 
     @cached_property
-    def _words_of_none(self) -> tuple[str, ...]:
+    def _words_of_none(self) -> frozenset[str]:
         """Words such that each phrase of none_of_these has one of them in it."""
-        words = {max(phrase.split(), key=len, default="") for phrase in self.none_of_these}
-        return tuple(sorted(word for word in words if not any(other in word for other in words - {word})))
+        return frozenset(max(_words(phrase), key=len, default="") for phrase in self.none_of_these)  # "": a phrase without words
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text, without the full stops that `comparable` may leave out."""
+    return text.replace(".", " ").replace("。", " ").split()
 
 
 def comparable(text: str) -> str:

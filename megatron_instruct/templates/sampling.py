@@ -9,7 +9,8 @@ more than n parts in 2^32.
 
 import hashlib
 import itertools
-import struct
+import sys
+from array import array
 from collections.abc import Mapping
 from functools import cache
 
@@ -19,7 +20,7 @@ SAMPLING_VERSION = 3
 """Part of the settings of whatever is rendered: raised when the same seed and bank give other documents than before."""
 _RANGE = 1 << 32
 _PLACES = {name: place for place, name in enumerate(("layout", "inversion", "has_reading_prefix", "has_bridge", *FAMILIES))}
-_WORDS = struct.Struct(">42I")  # as much as one round of SHAKE-128 gives
+_WORDS = 42  # as many as one round of SHAKE-128 gives
 _FIRST_ORDER = len(_PLACES)
 _FEW_OPTIONS = 6
 """Up to so many, all orders are kept in a table."""
@@ -32,7 +33,9 @@ class Choices:
 
     def __init__(self, seed: int, example_id: str) -> None:
         self._key = f"{seed}\0{example_id}\0".encode("utf-8", "surrogatepass")
-        self._words: tuple[int, ...] = _WORDS.unpack(hashlib.shake_128(self._key).digest(_WORDS.size))
+        self._words = array("I", hashlib.shake_128(self._key).digest(4 * _WORDS))
+        if sys.byteorder == "little":
+            self._words.byteswap()
 
     def index(self, name: str, count: int) -> int:
         """Return one of 0 … count - 1, each with the same probability."""

@@ -7,7 +7,7 @@ stand for single braces. Does not know: which slots a family of templates allows
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -39,8 +39,9 @@ class Template:
         return get if marked == "%s" else lambda values: marked % get(values)
 
 
+@cache
 def parse(source: str) -> Template:
-    """Parse a template text; ValueError says what is wrong with it."""
+    """Parse a template text, each once: banks repeat few texts in many styles. ValueError says what is wrong with it."""
     slots = set()
     for token in _TOKEN.finditer(source):
         if token[1] is not None:
