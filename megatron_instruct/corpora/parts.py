@@ -13,7 +13,8 @@ from megatron_instruct.corpora.formats import format_of
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice, whole_file
 from megatron_instruct.corpora.read import read_slice
 
-__all__ = ["Part", "Slice", "plan_parts", "read_part"]
+__all__ = ["Part", "Slice", "plan_parts", "read_part", "usual_parts"]
+_SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,13 @@ class Part:
     def __str__(self) -> str:
         first, last = self.slices[0], self.slices[-1]
         return str(first) if len(self.slices) == 1 else f"{first} to {last} ({len(self.slices)} pieces)"
+
+
+def usual_parts(files: Sequence[Path], wanted: int | None = None) -> list[Part]:
+    """Cut files into parts for several workers. wanted: how many; None: as many as their size suggests."""
+    total = sum(file.stat().st_size for file in files)
+    usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
+    return plan_parts(files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
 
 
 def plan_parts(files: Sequence[Path], *, part_bytes: int) -> list[Part]:

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec import UNSET
 
+from megatron_instruct.corpora.lines import is_utf8, json_lines, line_blocks
 from megatron_instruct.corpora.parts import Part, Slice, read_part
-from megatron_instruct.corpora.read import BrokenRecord, Record, json_lines
+from megatron_instruct.corpora.read import BrokenRecord, Record
 from megatron_instruct.preprocessing.documents import Document, DocumentMaker, Spans, checked_spans
 from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.rendering import Rendering
@@ -95,16 +96,13 @@ class BlockReader:
                 yield from self._careful(read_part(Part(slices=(piece,))))
 
     def _fast(self, piece: Slice) -> Iterator[Block]:
-        number, found = piece.first_line, False
-        with open(piece.path, "rb") as stream:
-            stream.seek(piece.start)
-            for content in _line_blocks(stream, piece.end - piece.start):
-                is_utf8 = _is_utf8(content)
-                block = self._decoded(content, piece.path, number) if is_utf8 else None
-                block = block or self._line_by_line(content, piece.path, number, is_utf8=is_utf8)
-                found = found or len(block) + len(block.broken) > 0
-                number += content.count(b"\n")
-                yield block
+        found = False
+        for number, content in line_blocks(piece, BLOCK_BYTES):
+            all_utf8 = content.isascii() or is_utf8(_beside_ascii(content))
+            block = self._decoded(content, piece.path, number) if all_utf8 else None
+            block = block or self._line_by_line(content, piece.path, number, all_utf8=all_utf8)
+            found = found or len(block) + len(block.broken) > 0
+            yield block
         if piece.whole and not found:
             yield from self._careful(read_part(Part(slices=(piece,))))  # a file of blank lines: let its reader say so
 
@@ -124,10 +122,10 @@ class BlockReader:
                 return None
         return Block(path, columns, numbers=range(number, number + len(rows)), content=content)
 
-    def _line_by_line(self, content: bytes, path: Path, first: int, *, is_utf8: bool) -> Block:
+    def _line_by_line(self, content: bytes, path: Path, first: int, *, all_utf8: bool) -> Block:
         block, examples = self._empty_block(path), False
         for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), first):
-            document = self._at_once(line, number, path, examples=examples) if is_utf8 or _is_utf8(line) else None
+            document = self._at_once(line, examples=examples) if all_utf8 or is_utf8(line) else None
             if document is not None:
                 block.add(document, number, line)
                 examples = document.rendering is not None  # then the next line is likely one, too
@@ -137,11 +135,11 @@ class BlockReader:
                 block.add(item if isinstance(item, BrokenRecord) else self._maker.document(item), number, line)
         return block
 
-    def _at_once(self, line: bytes, number: int, path: Path, *, examples: bool) -> Document | None:
+    def _at_once(self, line: bytes, *, examples: bool) -> Document | None:
         """Return the document of a line when it is of a known kind and nothing is wrong with it. examples: what to look for first."""
         if examples:
-            return self._example(line, number, path)
-        return self._plain(line) or self._augmented(line) or self._example(line, number, path)
+            return self._example(line)
+        return self._plain(line) or self._augmented(line) or self._example(line)
 
     def _plain(self, line: bytes) -> Document | None:
         """Return the document of a line when it is a plain one and nothing is wrong with it."""
@@ -159,10 +157,11 @@ class BlockReader:
         spans = checked_spans(row.spans, row.text) if row.text.strip() and "\0" not in row.text else None
         return None if spans is None or isinstance(spans, str) else Document(texts=(row.text,), spans=spans)
 
-    def _example(self, line: bytes, number: int, path: Path) -> Document | None:
+    def _example(self, line: bytes) -> Document | None:
+        """Return the document of a line that msgspec takes for an example; it takes no lone surrogate."""
         example = MShotExample.from_line(line) if self._keys == ("text",) else None
-        document = self._maker.rendered(example, Record(path, number, {})) if example is not None else None
-        return None if isinstance(document, BrokenRecord) else document
+        document = self._maker.rendered(example) if example is not None else None
+        return document if document is not None and "\0" not in document.texts[0] else None
 
     def _careful(self, items: Iterable[Record | BrokenRecord]) -> Iterator[Block]:
         block, characters = None, 0
@@ -203,15 +202,6 @@ def _row_decoder(names: Mapping[str, str]) -> Callable[[bytes], list[Any]] | Non
     return msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=dict(names), gc=False)).decode_lines
 
 
-def _line_blocks(stream: IO[bytes], left: int) -> Iterator[bytes]:
-    """Yield the next `left` bytes of a file in pieces that end where a line ends."""
-    while left > 0 and (content := stream.read(min(BLOCK_BYTES, left))):
-        if not content.endswith(b"\n"):
-            content += stream.readline()
-        left -= len(content)
-        yield content
-
-
 def _lines_of_objects(content: bytes) -> int | None:
     """Return the number of lines when each, if it is JSON, is one object or several; None where msgspec may not read all lines at once.
 
@@ -227,13 +217,8 @@ def _lines_of_objects(content: bytes) -> int | None:
     return len(starts) if (characters[starts] == _OPEN).all() and (characters[ends] == _CLOSE).all() else None
 
 
-def _is_utf8(content: bytes) -> bool:
-    """Whether all of it is UTF-8, which msgspec checks in what it returns only."""
-    if content.isascii():
-        return True
-    looked_at = np.frombuffer(content, dtype=np.int8) < 0
-    looked_at[1:] |= looked_at[:-1]  # a byte between the characters that are not ASCII
-    try:
-        return bool(np.frombuffer(content, dtype=np.uint8)[looked_at].tobytes().decode())
-    except UnicodeDecodeError:
-        return False
+def _beside_ascii(content: bytes) -> bytes:
+    """Return the characters that are not ASCII, and the byte behind each run of them: enough to tell whether all is UTF-8, and far less."""
+    wanted = np.frombuffer(content, dtype=np.int8) < 0
+    wanted[1:] |= wanted[:-1]
+    return np.frombuffer(content, dtype=np.uint8)[wanted].tobytes()

@@ -16,7 +16,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
 from megatron_instruct.records import MShotExample, Role
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
-from megatron_instruct.templates.rendering import Rendering, render
+from megatron_instruct.templates.rendering import Rendering, fault_of, render
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 
 
@@ -90,10 +90,10 @@ class DocumentMaker:
                 example = MShotExample.from_json(value, where=record.where)
             except InputError as error:
                 return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
-            try:
-                return self._encodable(example, record)
-            except UnicodeEncodeError as error:
-                return record.broken("lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})")
+            document = self.rendered(example)
+            assert document.rendering is not None
+            fault = fault_of(document.rendering)
+            return record.broken(*fault) if fault is not None else document
         texts = self._texts(record)
         if isinstance(texts, BrokenRecord) or not is_augmented:
             return texts if isinstance(texts, BrokenRecord) else Document(texts=texts)
@@ -109,24 +109,12 @@ class DocumentMaker:
             texts.append(text)
         return tuple(texts)
 
-    def _encodable(self, example: MShotExample, record: Record) -> Document | BrokenRecord:
-        """Return the document of an example that may hold lone surrogates. Raises UnicodeEncodeError where what is written would."""
-        made = self.rendered(example, record)
-        if isinstance(made, Document) and made.rendering is not None:
-            for text in (*made.texts, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in made.rendering.set_aside)):
-                text.encode()
-        return made
-
-    def rendered(self, example: MShotExample, record: Record) -> Document | BrokenRecord:
-        """Return the document of an example without lone surrogates. record: what it was read from."""
+    def rendered(self, example: MShotExample) -> Document:
+        """Return the document of an example, which fault_of has not looked at."""
         if self._bank is None:
             self._bank = load_bank(self._options.bank, extension=self._options.extension)
         rendering = render(example, self._bank, seed=self._options.seed)
         document = rendering.document
-        if "\0" in document.text:
-            return record.broken(
-                "NUL character", f"a text of the example holds a NUL, at character {document.text.index(chr(0))} of the document"
-            )
         return Document(texts=(document.text,), spans=Spans(document.ends, document.roles), rendering=rendering)
 
 

@@ -22,7 +22,9 @@ from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
 from megatron_instruct.preprocessing.part_writer import PartWriter
 from megatron_instruct.preprocessing.sentences import sentence_splitter
 from megatron_instruct.preprocessing.tokens import begin_documents, encode_texts, end_documents, keep_documents, split_long
-from megatron_instruct.tokenizer import Tokenizer, token_dtype
+from megatron_instruct.tokenizer import Tokenizer, load_tokenizer, token_dtype
+from megatron_instruct.tokenizer.fast import FastForm, FastTokenizer
+from megatron_instruct.workers import DoPart
 
 _TOO_SHORT, _TOO_LONG = "too short", "too long"
 
@@ -41,6 +43,35 @@ class EncodeOptions:
     long_documents: Literal["split", "reject"]
     render: RenderOptions
     on_error: Literal["stop", "reject"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What every worker needs to encode parts."""
+
+    tokenizer_path: Path
+    fingerprint: str
+    """That of the tokenizer as the parent process loaded it."""
+    fast_form: FastForm | None
+    """What the parent process has proved to give the same ids; None: the library encodes."""
+    options: EncodeOptions
+    log_interval: int
+    """Documents between two reports."""
+
+    def encoder(self) -> "PartEncoder":
+        """Return what encodes parts. Raises InputError where the tokenizer is another than the parent process loaded."""
+
+        def library() -> Tokenizer:
+            tokenizer = load_tokenizer(self.tokenizer_path)
+            if tokenizer.fingerprint != self.fingerprint:
+                raise InputError(f"tokenizer {self.tokenizer_path} changed while it was in use; run the same command again.")
+            return tokenizer
+
+        form = self.fast_form
+        return PartEncoder(library() if form is None else FastTokenizer(form, library), self.options)
+
+    def ready(self) -> DoPart:
+        return self.encoder().encode
 
 
 class PartEncoder:

@@ -5,16 +5,15 @@ documents are packed, each under a temporary name until it is whole. Memory does
 """
 
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_instruct.files import atomic_write
+from megatron_instruct.files import atomic_write, concatenate
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.layout import Integers, Layout, layout, ragged
 from megatron_instruct.preprocessing.part_files import (
@@ -74,7 +73,7 @@ def merge_tokens(folders: Sequence[Path], key: str, prefix: Path, options: Merge
 def merge_rejects(folders: Sequence[Path], target: Path) -> None:
     """Write one rejects file from those of the parts."""
     with atomic_write(target, "wb") as stream:
-        _concatenate([folder / REJECTS for folder in folders], stream)
+        concatenate([folder / REJECTS for folder in folders], stream)
 
 
 def _complete_roles(folder: Path, key: str, *, ended: bool) -> None:
@@ -87,18 +86,10 @@ def _complete_roles(folder: Path, key: str, *, ended: bool) -> None:
 def _write(sources: Sequence[Path], target: Path, plan: Layout | None, dtype: np.dtype[Any], *, padding: int) -> None:
     with atomic_write(target, "wb") as stream:
         if plan is None:
-            _concatenate(sources, stream)
+            concatenate(sources, stream)
         else:
             for chunk in _chunks(_MappedParts(sources, dtype), plan, padding):
                 stream.write(chunk.data)
-
-
-def _concatenate(sources: Sequence[Path], stream: IO[bytes]) -> None:
-    stream.flush()
-    for source in sources:
-        with open(source, "rb") as part:
-            while os.sendfile(stream.fileno(), part.fileno(), None, 1 << 30):
-                pass
 
 
 def _chunks(parts: "_MappedParts", plan: Layout, padding: int) -> Iterator[npt.NDArray[Any]]:

@@ -22,9 +22,9 @@ from megatron_instruct.manifest import FileRecord, Manifest, finished, record, r
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
 from megatron_instruct.preprocessing.verify import manifest_file, own_manifest, require_sound, structure_faults, verify
-from megatron_instruct.preprocessing.workspace import take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.workspace import take_up
 
 _STAGE = "preprocess"
 _CHUNK_BYTES = 1 << 24

@@ -12,22 +12,21 @@ from typing import Any
 from megatron_instruct.cluster import ray_cluster
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.errors import Failure, MegatronInstructError
-from megatron_instruct.preprocessing.encode import PartEncoder
-from megatron_instruct.preprocessing.workers import WorkerSetup, make_encoder
+from megatron_instruct.preprocessing.encode import EncodeJob, PartEncoder
 
 _RETRIES = 3
 _AHEAD = 2
 """Parts given out for each core of the cluster, so that none waits for the next one."""
 
 
-def encode_parts_on_ray(work: Mapping[Path, Part], setup: WorkerSetup, *, address: str | None, report: Callable[[int], None]) -> None:
+def encode_parts_on_ray(work: Mapping[Path, Part], job: EncodeJob, *, address: str | None, report: Callable[[int], None]) -> None:
     """Encode each part into its folder. report: called with the number of documents done since the last call.
 
     Raises the first error of a part, and MegatronInstructError for one whose processes keep dying; what was finished is kept.
     """
     with ray_cluster(address) as ray:
         encode = ray.remote(num_cpus=1, max_retries=_RETRIES)(_encode)
-        frozen = ray.put(pickle.dumps(setup))
+        frozen = ray.put(pickle.dumps(job))
         waiting = list(work.items())[::-1]
         running: dict[Any, Part] = {}
         most = _AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
@@ -54,16 +53,16 @@ def _outcome(ray: Any, reference: Any, part: Part) -> int:
 
 
 _encoders: dict[bytes, PartEncoder] = {}
-"""Of this process, by what it was set up with; Ray keeps processes for further parts."""
+"""Of this process, by their job; Ray keeps processes for further parts."""
 
 
-def _encode(setup: bytes, part: Part, folder: Path) -> int | Failure:
+def _encode(job: bytes, part: Part, folder: Path) -> int | Failure:
     try:
-        if setup not in _encoders:
+        if job not in _encoders:
             _encoders.clear()
-            _encoders[setup] = make_encoder(pickle.loads(setup))
-        return _encoders[setup].encode(part, folder, lambda _documents: None).documents_in
+            _encoders[job] = pickle.loads(job).encoder()
+        return _encoders[job].encode(part, folder, lambda _documents: None).documents_in
     except MegatronInstructError as error:
         return Failure(type(error), str(error))
     except OSError as error:
-        return Failure(OSError, f"{error} while encoding {part} into {folder.parent}")
+        return Failure(OSError, f"{error} at work on {part} in {folder.parent}")

@@ -14,28 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.parts import Part, plan_parts
+from megatron_instruct.corpora.parts import Part, usual_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.fingerprints import forget, shared_records
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
-from megatron_instruct.preprocessing.encode import EncodeOptions
+from megatron_instruct.preprocessing.encode import EncodeJob, EncodeOptions
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
 from megatron_instruct.preprocessing.part_files import is_finished
 from megatron_instruct.preprocessing.sample import sample_texts
 from megatron_instruct.preprocessing.verify import manifest_file
-from megatron_instruct.preprocessing.workers import Team, WorkerSetup, started_team
-from megatron_instruct.preprocessing.workspace import plan_of, take_up
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.fast import FastForm
 from megatron_instruct.tokenizer.fast_proof import Backend, with_fast_backend
-
-_SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
+from megatron_instruct.workers import Team, started_team
+from megatron_instruct.workspace import plan_of, take_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class _Plan:
     encoding: Mapping[str, Any]
     """What the manifest says of the backend."""
     fast_form: FastForm | None
-    """What workers encode with, see WorkerSetup; nothing where no part is left."""
+    """What workers encode with, see EncodeJob; nothing where no part is left."""
     team: Team | None
     """Workers under way; None where no part is left, or where Ray has its own."""
 
@@ -125,7 +123,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
         )
     files = find_files(config.input)
     with closing(ThreadPool(1)) as pool:  # whose thread nothing waits for where this one is interrupted
-        parts = pool.apply_async(_parts, (files, config.partitions))  # this and the next read every file
+        parts = pool.apply_async(usual_parts, (files, config.partitions))  # this and the next read every file
         inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
     check_stage_outputs(files, inputs)
     return _Job(
@@ -170,7 +168,7 @@ def _proved_backend(job: _Job, team: Team | None) -> Backend:
 
     def to_be_proved(form: FastForm) -> None:
         if team is not None:
-            team.set_up(_worker_setup(job, form))
+            team.set_up(_encode_job(job, form))
 
     config = job.config
     sample = sample_texts(job.files, DocumentMaker(config.json_keys, job.render)) if config.fast_tokenizer != "none" else []
@@ -195,7 +193,7 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
     left, form, team = _unfinished(own) if goes_on else own, None, None
     if left:
         if job.config.executor == "local":
-            team = stack.enter_context(started_team(min(job.config.workers, len(left))))
+            team = stack.enter_context(started_team(min(job.config.workers, len(left)), EncodeJob))
         backend = _proved_backend(job, team)
         form = backend.form
         if encoding.get("backend") != backend.facts["backend"]:
@@ -216,13 +214,6 @@ def _unfinished(parts: Mapping[Path, Part]) -> dict[Path, Part]:
     return {folder: part for folder, part in parts.items() if not is_finished(folder)}
 
 
-def _parts(files: Sequence[Path], wanted: int | None) -> list[Part]:
-    """Cut the input into parts. wanted: how many; None: as many as its size suggests."""
-    total = sum(file.stat().st_size for file in files)
-    usual = min(max(total // _USUAL_PARTS, _SMALLEST_PART), _LARGEST_PART)
-    return plan_parts(files, part_bytes=usual if wanted is None else max(-(-total // wanted), 1))
-
-
 def _encode(job: _Job, plan: _Plan) -> None:
     """Encode the parts of this run that are not encoded yet."""
     left = plan.left
@@ -230,21 +221,21 @@ def _encode(job: _Job, plan: _Plan) -> None:
         print(f"{len(plan.share) - len(left)} of {len(plan.share)} parts are finished already; going on with the rest.")
     if not left:
         return
-    setup = _worker_setup(job, plan.fast_form)
+    encode_job = _encode_job(job, plan.fast_form)
     lines = [part.lines for part in left.values()]
     total = None if None in lines else sum(count for count in lines if count is not None)
     with Progress("preprocess", total=total, unit="documents") as progress:
         if plan.team is not None:
-            plan.team.encode_parts(left, setup, report=progress.add)
+            plan.team.do_parts(left, encode_job, report=progress.add)
         else:
             from megatron_instruct.preprocessing.on_ray import encode_parts_on_ray
 
-            encode_parts_on_ray(left, setup, address=job.config.ray_address, report=progress.add)
+            encode_parts_on_ray(left, encode_job, address=job.config.ray_address, report=progress.add)
 
 
-def _worker_setup(job: _Job, fast_form: FastForm | None) -> WorkerSetup:
+def _encode_job(job: _Job, fast_form: FastForm | None) -> EncodeJob:
     config = job.config
-    return WorkerSetup(
+    return EncodeJob(
         tokenizer_path=config.tokenizer_model,
         fingerprint=job.tokenizer.fingerprint,
         fast_form=fast_form,

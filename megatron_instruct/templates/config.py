@@ -1,6 +1,7 @@
 """Settings of tools/render_templates.py."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,8 @@ class RenderConfig:
     on_error: Literal["stop", "reject"] = "stop"
     """What to do with a line that is no example: stop and name it, or set it aside in the rejects file. A pair that no template can take,
     such as one whose answer is none of its options, is set aside in either case."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes that render. The result does not depend on their number."""
     show: int = 0
     """Number of documents to print at the end, coloured by role."""
     show_html: Path | None = None
@@ -40,6 +43,8 @@ class RenderConfig:
             raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
         if self.bank is not None and self.language is not None:
             raise ConfigError(f"language={self.language} and bank={self.bank}: a bank has its own language; give one of the two.")
+        if self.workers < 1:
+            raise ConfigError(f"workers={self.workers} must be 1 or more.")
         if self.show < 0:
             raise ConfigError(f"show={self.show} must be 0 or more.")
         if self.show_html is not None and self.show == 0:

@@ -8,6 +8,7 @@ should write, glue what holds the parts together. Does not know: files, tokens.
 """
 
 import itertools
+import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -73,6 +74,19 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
         pairs=sum(counts),
         set_aside=tuple(set_aside),
     )
+
+
+def fault_of(rendering: Rendering) -> tuple[str, str] | None:
+    """Return reason and detail of why no file may hold what was rendered, or what was left out of it; None where it may."""
+    text = rendering.document.text
+    if "\0" in text:
+        return "NUL character", f"a text of the example holds a NUL; it would be character {text.index(chr(0))} of the document"
+    try:
+        for one in (text, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in rendering.set_aside)):
+            one.encode()
+    except UnicodeEncodeError as error:
+        return "lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})"
+    return None
 
 
 def _ready_shots(example: MShotExample, draws: Draws, set_aside: list[SetAside]) -> list[tuple[str, list[ReadyPair]]]:

@@ -1,39 +1,41 @@
-"""Examples of synthesis -> instruction-augmented texts: read, render, write, one example at a time.
+"""Examples of synthesis -> instruction-augmented texts.
 
 Comes in: files of M-shot examples, one a line. Goes out: OUTPUT_DIR/augmented.jsonl in the order of the input, rejects.jsonl and
-manifest.json, which is written last. Does not know: tokens.
+manifest.json, which is written last. Each part of the input is rendered by one worker into a folder of its own below OUTPUT_DIR/parts,
+which is removed when all is done. Does not know: tokens.
 """
 
 import glob
-import json
 import os
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import BrokenRecord, Record, find_files, read_records
+from megatron_instruct.corpora.parts import usual_parts
+from megatron_instruct.corpora.read import find_files
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import LOCK, atomic_write, locked
+from megatron_instruct.files import LOCK, atomic_write, concatenate, locked
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
 from megatron_instruct.progress import Progress
-from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.config import RenderConfig
-from megatron_instruct.templates.rendering import Rendering, render
+from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, is_finished, total_of
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
+from megatron_instruct.workers import started_team
+from megatron_instruct.workspace import take_up
 
 STAGE = "render"
-AUGMENTED, REJECTS, MANIFEST = "augmented.jsonl", "rejects.jsonl", "manifest.json"
+MANIFEST, PARTS = "manifest.json", "parts"
 
 
 def run(config: RenderConfig) -> Manifest:
     """Do the stage and return its manifest."""
-    bank = load_bank(config.bank or shipped_bank(config.language or "en"), extension=config.extend_bank)
+    bank = load_bank(_bank_file(config), extension=config.extend_bank)
     files = find_files([_examples_of(given) for given in config.input])
     inputs = records(files)
     check_stage_outputs(files, inputs)
@@ -43,6 +45,9 @@ def run(config: RenderConfig) -> Manifest:
     manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)
     if manifest is not None:
         print(f"Finished already: {config.output_dir}.")
+        if (config.output_dir / PARTS).is_dir():  # killed after its manifest was written
+            with locked(config.output_dir):
+                _remove_work(config.output_dir)
     else:
         _require_free(config.output_dir)
         with locked(config.output_dir):
@@ -50,10 +55,19 @@ def run(config: RenderConfig) -> Manifest:
             if manifest is None:
                 manifest = _render_files(files, bank, config, settings, inputs)
                 write_manifest(place, manifest)
-            (config.output_dir / LOCK).unlink(missing_ok=True)
+            _remove_work(config.output_dir)
         _print_summary(config, manifest)
     _show(config)
     return manifest
+
+
+def _remove_work(folder: Path) -> None:
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
+
+
+def _bank_file(config: RenderConfig) -> Path:
+    return config.bank or shipped_bank(config.language or "en")
 
 
 def _examples_of(given: str) -> str:
@@ -68,94 +82,58 @@ def _require_free(folder: Path) -> None:
 
 
 def _render_files(
-    files: Sequence[Path], bank: Bank, config: RenderConfig, settings: dict[str, Any], inputs: Sequence[FileRecord]
+    files: Sequence[Path], bank: Bank, config: RenderConfig, settings: Mapping[str, Any], inputs: Sequence[FileRecord]
 ) -> Manifest:
     """Write the documents and the rejects of all files, and return the manifest that describes them."""
-    writer = _Writer(config)
-    with ExitStack() as stack:
-        documents = stack.enter_context(atomic_write(config.output_dir / AUGMENTED, "wb"))
-        rejects = stack.enter_context(atomic_write(config.output_dir / REJECTS, "wb"))
-        progress = stack.enter_context(Progress(STAGE, total=None, unit="examples"))
-        for item in _all_records(files):
-            writer.write(item, bank, documents, rejects)
-            progress.add()
-        if not writer.counts["documents"]:
-            raise InputError(f"no example could be rendered from {', '.join(config.input)}: {_reasons(writer.rejected)}.")
+    folders = _render_parts(files, bank, config, settings, inputs)
+    counts, rejected = total_of(folders)
+    if not counts["documents"]:
+        raise InputError(f"no example could be rendered from {', '.join(config.input)}: {_reasons(rejected)}.")
+    for name in (AUGMENTED, REJECTS):
+        with atomic_write(config.output_dir / name, "wb") as stream:
+            concatenate([folder / name for folder in folders], stream)
+    outputs = records([config.output_dir / AUGMENTED, config.output_dir / REJECTS], relative_to=config.output_dir)
     return Manifest(
         stage=STAGE,
-        settings=settings,
+        settings=dict(settings),
         inputs=tuple(inputs),
-        outputs=records([config.output_dir / AUGMENTED, config.output_dir / REJECTS], relative_to=config.output_dir),
-        counts=dict(sorted(writer.counts.items())),
-        rejected=dict(sorted(writer.rejected.items())),
+        outputs=outputs,
+        counts=dict(sorted(counts.items())),
+        rejected=dict(sorted(rejected.items())),
         facts={"bank": {"language": bank.language, "version": bank.version, "sha256": bank.fingerprint}},
     )
 
 
-def _all_records(files: Sequence[Path]) -> Iterator[Record | BrokenRecord]:
-    for file in files:
-        yield from read_records(file)
-
-
-class _Writer:
-    """Renders and writes one example after another, and counts.
-
-    examples = documents + examples_rejected; pairs = pairs_rendered + pairs_rejected, over the examples that became documents.
-    """
-
-    def __init__(self, config: RenderConfig) -> None:
-        self._seed, self._stop = config.seed, config.on_error == "stop"
-        self.counts: Counter[str] = Counter(
-            dict.fromkeys(("examples", "documents", "examples_rejected", "pairs", "pairs_rendered", "pairs_rejected"), 0)
-        )
-        self.rejected: Counter[str] = Counter()
-
-    def write(self, item: Record | BrokenRecord, bank: Bank, documents: IO[bytes], rejects: IO[bytes]) -> None:
-        self.counts["examples"] += 1
-        rendered = item if isinstance(item, BrokenRecord) else _rendered(item, bank, self._seed)
-        if isinstance(rendered, BrokenRecord):
-            self._reject_example(rendered, rejects)
-            return
-        rendering, line = rendered
-        documents.write(line)
-        self.counts["documents"] += 1
-        self.counts["pairs"] += rendering.pairs + len(rendering.set_aside)
-        self.counts["pairs_rendered"] += rendering.pairs
-        self.counts["pairs_rejected"] += len(rendering.set_aside)
-        self.counts[f"layout_{rendering.layout}"] += 1
-        self.counts["inverted"] += rendering.inverted
-        for one in rendering.set_aside:
-            self.rejected[one.reason] += 1
-            row = {"file": str(item.path), "line": item.line, "reason": one.reason, "raw_text": one.raw_text_id, "pair": one.pair.to_json()}
-            rejects.write(_json_line(row))
-
-    def _reject_example(self, broken: BrokenRecord, rejects: IO[bytes]) -> None:
-        if self._stop:
-            raise InputError(
-                f"{broken.where}: {broken.reason}: {broken.detail}; mend the line, or set such lines aside with --on-error reject."
-            )
-        self.counts["examples_rejected"] += 1
-        self.rejected[broken.reason] += 1
-        row = {"file": str(broken.path), "line": broken.line, "reason": broken.reason, "detail": broken.detail, "raw": broken.raw}
-        rejects.write(_json_line(row, escape=True))
-
-
-def _rendered(record: Record, bank: Bank, seed: int) -> tuple[Rendering, bytes] | BrokenRecord:
-    """Return the rendered example and its line of augmented.jsonl."""
-    try:
-        rendering = render(MShotExample.from_json(record.value, where=record.where), bank, seed=seed)
-        for one in rendering.set_aside:
-            _json_line(one.pair.to_json())
-        return rendering, _json_line(rendering.document.to_json())
-    except InputError as error:
-        reason, detail = "no example", str(error).removeprefix(f"{record.where}: ")
-    except UnicodeEncodeError as error:
-        reason, detail = "lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})"
-    return BrokenRecord(path=record.path, line=record.line, reason=reason, detail=detail, raw=json.dumps(record.value))
-
-
-def _json_line(value: object, *, escape: bool = False) -> bytes:
-    return json.dumps(value, ensure_ascii=escape).encode() + b"\n"
+def _render_parts(
+    files: Sequence[Path], bank: Bank, config: RenderConfig, settings: Mapping[str, Any], inputs: Sequence[FileRecord]
+) -> list[Path]:
+    """Render the parts that are not rendered yet; return the folders of all parts in the order of the input."""
+    parts = usual_parts(files)
+    plan = {
+        "settings": settings,
+        "inputs": [[record.path, record.sha256] for record in inputs],
+        "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
+    }
+    place = config.output_dir / PARTS
+    place.mkdir(exist_ok=True)
+    take_up(place, plan, outputs=())
+    work = {place / f"{number:06d}": part for number, part in enumerate(parts)}
+    left = {folder: part for folder, part in work.items() if not is_finished(folder)}
+    if len(left) < len(work):
+        print(f"{len(work) - len(left)} of {len(work)} parts are finished already; going on with the rest.")
+    job = RenderJob(
+        bank=_bank_file(config),
+        extension=config.extend_bank,
+        fingerprint=bank.fingerprint,
+        seed=config.seed,
+        on_error=config.on_error,
+    )
+    if left:
+        lines = [part.lines for part in left.values()]
+        total = None if None in lines else sum(count for count in lines if count is not None)
+        with Progress(STAGE, total=total, unit="examples") as progress, started_team(min(config.workers, len(left)), RenderJob) as team:
+            team.do_parts(left, job, report=progress.add)
+    return list(work)
 
 
 def _reasons(rejected: Counter[str]) -> str:

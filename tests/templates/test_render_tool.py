@@ -1,5 +1,6 @@
 """render_templates.py as a user meets it: whole or absent, the same bytes again, nothing lost without a reason."""
 
+import gzip
 import json
 import os
 import signal
@@ -118,23 +119,50 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
         render_to(tmp_path / "out", synthesis, language="zh")
 
 
+def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    examples = write_examples(tmp_path / "examples.jsonl", 2500, "{broken")
+    (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(examples.read_bytes()))
+    for workers in (1, 2, 3):
+        render_to(tmp_path / str(workers), examples, tmp_path / "more.jsonl.gz", workers=workers, on_error="reject")
+        assert contents(tmp_path / str(workers)) == contents(tmp_path / "1")
+    rows = documents(tmp_path / "3")
+    assert rows[:2500] == rows[2500:] and len(rejects(tmp_path / "3")) == 2
+
+
 def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start) -> None:
-    examples = write_examples(tmp_path / "examples.jsonl", 2500)
+    examples = write_examples(tmp_path / "examples.jsonl", 12_000)
     render_to(tmp_path / "calm", examples)
     out = tmp_path / "killed"
-    for name, wanted in (("augmented.jsonl.partial", 0), ("augmented.jsonl.partial", 200_000)):
-        process = start("render_templates.py", "--input", examples, "--output-dir", out)
+    for wanted in (1, 3):
+        process = start("render_templates.py", "--input", examples, "--output-dir", out, "--workers", "1")
         deadline = time.monotonic() + 60
-        while not (out / name).is_file() or (out / name).stat().st_size < wanted:
+        while len(finished_parts(out)) < wanted:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (out / "manifest.json").exists()
+    finished = finished_parts(out)
     (out / "augmented.jsonl").write_bytes(b"killed between two renames")
-    render_to(out, examples)
+    assert main(["--input", str(examples), "--output-dir", str(out)]) == 0
     assert contents(out) == contents(tmp_path / "calm")
+    assert finished, "the last run went on with these"
+
+
+def test_parts_of_another_seed_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = write_examples(tmp_path / "examples.jsonl", 6000, "{broken")
+    with pytest.raises(InputError, match="broken JSON"):
+        render_to(tmp_path / "out", examples, workers=1)
+    assert finished_parts(tmp_path / "out")
+    render_to(tmp_path / "out", examples, seed=5, on_error="reject")
+    render_to(tmp_path / "calm", examples, seed=5, on_error="reject")
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    assert "Leftovers of an unfinished run" in capsys.readouterr().out
+
+
+def finished_parts(folder: Path) -> list[Path]:
+    return sorted((folder / "parts").glob("[0-9]*[0-9]/summary.json"))
 
 
 BAD_LINES = {
@@ -143,6 +171,7 @@ BAD_LINES = {
     '{"text": "a plain corpus"}': "no example",
     '{"id": "x", "shots": [{"id": "x", "text": "t", "pairs": [{"question": "q"}]}]}': "no example",
     '{"id": "x", "shots": [{"id": "x", "text": "a \\udc80", "pairs": []}]}': "lone surrogate",
+    '{"id": "x", "shots": [{"id": "x", "text": "a \\u0000", "pairs": []}]}': "NUL character",
     '{"id": "x", "shots": [{"id": "x", "text": "a", "pairs": [{"question": "\\udc80", "answer": "b", "kind": "options"}]}]}': (
         "lone surrogate"
     ),
@@ -161,11 +190,15 @@ def test_a_line_that_is_no_example_stops_the_run_and_is_named(tmp_path: Path, li
 def test_such_lines_are_set_aside_on_demand_and_everything_adds_up(tmp_path: Path) -> None:
     examples = write_examples(tmp_path / "examples.jsonl", 5, *BAD_LINES)
     manifest = render_to(tmp_path / "out", examples, on_error="reject")
-    assert (manifest.counts["examples"], manifest.counts["documents"], manifest.counts["examples_rejected"]) == (11, 5, 6)
-    assert manifest.rejected == {"broken JSON": 1, "lone surrogate": 2, "no example": 2, "not an object": 1}
+    assert (manifest.counts["examples"], manifest.counts["documents"], manifest.counts["examples_rejected"]) == (12, 5, 7)
+    assert manifest.rejected == {"NUL character": 1, "broken JSON": 1, "lone surrogate": 2, "no example": 2, "not an object": 1}
     rows = rejects(tmp_path / "out")
     assert [(row["line"], row["reason"]) for row in rows] == [(6 + place, reason) for place, reason in enumerate(BAD_LINES.values())]
-    assert json.loads(rows[4]["raw"])["shots"][0]["text"] == "a \udc80"
+    assert [json.loads(row["raw"])["shots"][0]["text"] for row in rows[4:6]] == ["a \udc80", "a \0"]
+    (tmp_path / "examples.jsonl.gz").write_bytes(gzip.compress(examples.read_bytes()))  # read by the careful readers alone
+    render_to(tmp_path / "careful", tmp_path / "examples.jsonl.gz", on_error="reject")
+    assert documents(tmp_path / "careful") == documents(tmp_path / "out")
+    assert [{**row, "file": str(examples)} for row in rejects(tmp_path / "careful")] == rows
 
 
 def test_a_pair_whose_answer_is_no_option_is_set_aside_under_either_policy(tmp_path: Path) -> None:
@@ -251,7 +284,7 @@ from megatron_instruct.templates.run import main
 assert main(["--input", sys.argv[1], "--output-dir", sys.argv[2]]) == 0
 others = {"torch", "transformers", "pyarrow", "numpy", "megatron_instruct.preprocessing", "megatron_instruct.synthesis"}
 assert not others & sys.modules.keys(), others & sys.modules.keys()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
     peaks = []
     for count in (200, 3000):

@@ -1,7 +1,7 @@
-"""Parts encoded by several processes.
+"""Parts of a corpus worked on by several processes.
 
-Comes in: numbered parts. Goes out: one finished folder for each. A worker that dies is noticed at once and named; workers whose
-parent dies end at once, so that they never meet those of the next run. Does not know: what a part becomes afterwards.
+Comes in: a job, and parts with the folder that each is to become. Goes out: those folders, finished. A worker that dies is noticed at once
+and named; workers whose parent dies end at once, so that they never meet those of the next run. Does not know: what the job is.
 """
 
 import gc
@@ -17,28 +17,25 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import megatron_instruct
 from megatron_instruct.corpora.parts import Part
-from megatron_instruct.errors import Failure, InputError, MegatronInstructError
-from megatron_instruct.preprocessing.encode import EncodeOptions, PartEncoder
-from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
-from megatron_instruct.tokenizer.fast import FastForm, FastTokenizer
+from megatron_instruct.errors import Failure, MegatronInstructError
+
+type DoPart = Callable[[Part, Path, Callable[[int], None]], object]
+"""Make a folder, which must not exist, of a part; call the function with the number of records done since its last call."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSetup:
-    """What every worker needs to start."""
+class Job(Protocol):
+    """What workers do with parts. It is sent to them, so that it must be small."""
 
-    tokenizer_path: Path
-    fingerprint: str
-    """That of the tokenizer as the parent process loaded it."""
-    fast_form: FastForm | None
-    """What the parent process has proved to give the same ids; None: the library encodes."""
-    options: EncodeOptions
-    log_interval: int
-    """Documents between two reports."""
+    @property
+    def log_interval(self) -> int:
+        """Records between two reports."""
+
+    def ready(self) -> DoPart:
+        """Load what the work takes; called in the worker."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Report:
-    """From a worker: documents done since the last report; finished with the part or not."""
+    """From a worker: records done since the last report; finished with the part or not."""
 
-    documents: int
+    records: int
     finished: bool
 
 
@@ -70,27 +67,27 @@ class Team:
 
     def __init__(self, workers: list[_Worker]) -> None:
         self._workers = workers
-        self._setup: WorkerSetup | None = None
+        self._job: Job | None = None
         self._sending = ThreadPoolExecutor(max_workers=1)
         self._sent: Future[None] | None = None
 
-    def set_up(self, setup: WorkerSetup) -> None:
-        """Let workers load what they need while this process goes on; another set-up may follow, which takes the place of this one."""
-        if setup != self._setup:
-            self._sent = self._sending.submit(self._send_to_all, setup)  # not done before a worker reads, which it does once it is loaded
-        self._setup = setup
+    def set_up(self, job: Job) -> None:
+        """Let workers load what they need while this process goes on; another job may follow, which takes the place of this one."""
+        if job != self._job:
+            self._sent = self._sending.submit(self._send_to_all, job)  # not done before a worker reads, which it does once it is loaded
+        self._job = job
 
-    def _send_to_all(self, setup: WorkerSetup) -> None:
+    def _send_to_all(self, job: Job) -> None:
         for worker in self._workers:
-            _send(worker, setup)
+            _send(worker, job)
 
-    def encode_parts(self, work: Mapping[Path, Part], setup: WorkerSetup, *, report: Callable[[int], None]) -> None:
-        """Encode each part into its folder. report: called with the number of documents done since the last call. To be called once.
+    def do_parts(self, work: Mapping[Path, Part], job: Job, *, report: Callable[[int], None]) -> None:
+        """Make the folder of each part. report: called with the number of records done since the last call. To be called once.
 
         Raises the first error of a worker, and MegatronInstructError for a worker that died.
         """
         waiting = [_Work(part, folder) for folder, part in reversed(list(work.items()))]
-        self.set_up(setup)
+        self.set_up(job)
         assert self._sent is not None, "a set-up was sent"
         self._sent.result()
         for worker in self._workers:
@@ -100,7 +97,7 @@ class Team:
                 message = _receive(worker)
                 if isinstance(message, Failure):
                     raise message.error()
-                report(message.documents)
+                report(message.records)
                 if message.finished:
                     _hand_out(worker, waiting)
         for worker in self._workers:
@@ -123,7 +120,7 @@ def _hand_out(worker: _Worker, waiting: list[_Work]) -> None:
     _send(worker, work)
 
 
-def _send(worker: _Worker, message: WorkerSetup | _Work | None) -> None:
+def _send(worker: _Worker, message: Job | _Work | None) -> None:
     try:
         worker.connection.send(message)
     except BrokenPipeError:
@@ -149,7 +146,7 @@ def _death_of(worker: _Worker) -> MegatronInstructError:
     code = worker.process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     why = "the machine may have run out of memory: try fewer --workers" if code == -signal.SIGKILL else "its messages are above"
-    when = f"while encoding {worker.part}" if worker.part else "before it was given work"
+    when = f"at work on {worker.part}" if worker.part else "before it was given work"
     return MegatronInstructError(
         f"worker {worker.number} (process {worker.process.pid}) {how} {when}; {why}. "
         "Finished parts are kept: run the same command again to go on."
@@ -157,8 +154,8 @@ def _death_of(worker: _Worker) -> MegatronInstructError:
 
 
 @contextmanager
-def started_team(count: int) -> Iterator[Team]:
-    """Start workers as processes of their own, which load what they need and no more: not the tool that started them.
+def started_team(count: int, job: type[Job]) -> Iterator[Team]:
+    """Start workers as processes of their own, which load what such jobs need and no more: not the tool that started them.
 
     They load while this process goes on; those still at work when the block ends are stopped.
     """
@@ -166,17 +163,17 @@ def started_team(count: int) -> Iterator[Team]:
     team = Team(workers)
     try:
         for number in range(count):
-            workers.append(_start(number))
+            workers.append(_start(number, job.__module__))
         yield team
     finally:
         team.stop()
 
 
-def _start(number: int) -> _Worker:
+def _start(number: int, module: str) -> _Worker:
     ours, theirs = Pipe()
     watched, lifeline = os.pipe()
     root = str(Path(megatron_instruct.__file__).resolve().parent.parent)
-    code = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import work; work({theirs.fileno()}, {watched})"
+    code = f"import sys; sys.path.insert(0, {root!r}); import {module}; from {__name__} import work; work({theirs.fileno()}, {watched})"
     with _interrupts_held():
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched))
     theirs.close()
@@ -195,7 +192,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def work(connection_descriptor: int, lifeline: int) -> None:
-    """A worker's life: it is set up, once or again, and encodes one part after another until it is handed None."""
+    """A worker's life: it is given a job, once or again, and does one part after another until it is handed None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
@@ -203,54 +200,41 @@ def work(connection_descriptor: int, lifeline: int) -> None:
     task: _Work | None = None
     try:
         while (message := connection.recv()) is not None:
-            if isinstance(message, WorkerSetup):
-                setup, encoder = message, _encoder_or_error(message)
+            if not isinstance(message, _Work):
+                job, do_part = message, _ready_or_error(message)
                 gc.freeze()  # what is loaded stays, and need not be looked through for garbage
                 continue
             task = message
-            if isinstance(encoder, MegatronInstructError):
-                raise encoder
-            _encode(encoder, task, connection, setup.log_interval)
+            if isinstance(do_part, MegatronInstructError):
+                raise do_part
+            _do(do_part, task, connection, job.log_interval)
     except MegatronInstructError as error:
         connection.send(Failure(type(error), str(error)))
     except OSError as error:
-        where = f" while encoding {task.part} into {task.folder.parent}" if task is not None else ""
+        where = f" at work on {task.part} in {task.folder.parent}" if task is not None else ""
         connection.send(Failure(OSError, f"{error}{where}"))
 
 
-def _encode(encoder: PartEncoder, task: _Work, connection: "Connection[Any, Any]", log_interval: int) -> None:
+def _do(do_part: DoPart, task: _Work, connection: "Connection[Any, Any]", log_interval: int) -> None:
     pending = 0
 
-    def report(documents: int) -> None:
+    def report(records: int) -> None:
         nonlocal pending
-        pending += documents
+        pending += records
         if pending >= log_interval:
             connection.send(_Report(pending, finished=False))
             pending = 0
 
-    encoder.encode(task.part, task.folder, report)
+    do_part(task.part, task.folder, report)
     connection.send(_Report(pending, finished=True))
 
 
-def _encoder_or_error(setup: WorkerSetup) -> PartEncoder | MegatronInstructError:
-    """Return the encoder, or what is wrong with a set-up that may never be used."""
+def _ready_or_error(job: Job) -> DoPart | MegatronInstructError:
+    """Return what does parts, or what is wrong with a job that may never be done."""
     try:
-        return make_encoder(setup)
+        return job.ready()
     except MegatronInstructError as error:
         return error
-
-
-def make_encoder(setup: WorkerSetup) -> PartEncoder:
-    """Return what encodes parts. The tokenizer's library, where it is needed, must be as the parent process loaded it, or InputError."""
-
-    def library() -> Tokenizer:
-        tokenizer = load_tokenizer(setup.tokenizer_path)
-        if tokenizer.fingerprint != setup.fingerprint:
-            raise InputError(f"tokenizer {setup.tokenizer_path} changed while it was in use; run the same command again.")
-        return tokenizer
-
-    form = setup.fast_form
-    return PartEncoder(library() if form is None else FastTokenizer(form, library), setup.options)
 
 
 def _end_with_parent(lifeline: int) -> None:
