@@ -180,7 +180,7 @@ class AugmentedText(Struct, frozen=True, kw_only=True, gc=False):
         return tuple(map(Span, (0, *self.ends[:-1]), self.ends, self.roles))
 
     def to_json(self) -> dict[str, Any]:
-        spans = list(map(list, self.spans))
+        spans = list(zip((0, *self.ends[:-1]), self.ends, self.roles, strict=True))
         return {"id": self.id, "text": self.text, "spans": spans, "provenance": dict(self.provenance)}
 
 

@@ -3,6 +3,7 @@
 Does not know: other parts, other workers.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_folder, write_json
+from megatron_instruct.files import atomic_folder
 from megatron_instruct.preprocessing.blocks import Block, BlockReader
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions
 from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
@@ -101,7 +102,7 @@ class PartEncoder:
                     self._encode_block(block, writer)
                     report(len(block) + len(block.broken))
             summary = writer.summary()
-            write_json(unfinished / SUMMARY, asdict(summary))
+            (unfinished / SUMMARY).write_text(json.dumps(asdict(summary), ensure_ascii=False), encoding="utf-8")  # flushed with the folder
         return summary
 
     def _encode_block(self, block: Block, writer: PartWriter) -> None:

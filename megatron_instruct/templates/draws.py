@@ -10,12 +10,13 @@ class Draws(dict[str, Style]):
     `drawn` names all that was used, by its place in the bank's family (from 0).
     """
 
-    __slots__ = ("_choices", "_families", "bank", "drawn")
+    __slots__ = ("_choices", "_families", "bank", "drawn", "order")
 
     def __init__(self, bank: Bank, choices: Choices) -> None:
         super().__init__()
         self.bank, self._families, self._choices = bank, bank.families, choices
         self.drawn: dict[str, int] = {}
+        self.order = choices.order
 
     def __missing__(self, family: str) -> Style:
         styles = self._families[family]
@@ -45,7 +46,3 @@ class Draws(dict[str, Style]):
 
     def has_bridge(self) -> bool:
         return self._choices.chance("has_bridge", self.bank.probabilities.bridge)
-
-    def order(self, pair: int, count: int) -> tuple[int, ...]:
-        """Draw an order of the options of a pair, named by its number in the example."""
-        return self._choices.order(pair, count)

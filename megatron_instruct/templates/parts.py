@@ -16,14 +16,14 @@ from megatron_instruct.corpora.lines import is_utf8, json_lines, line_blocks
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord, Record, read_slice
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_folder, read_json, write_json
+from megatron_instruct.files import atomic_folder, read_json
 from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.bank import Bank, load_bank
 from megatron_instruct.templates.rendering import Rendering, fault_of, render
 from megatron_instruct.workers import DoPart
 
 AUGMENTED, REJECTS, SUMMARY = "augmented.jsonl", "rejects.jsonl", "summary.json"
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = _BUFFER = 1 << 20
 _COUNTS = ("examples", "documents", "examples_rejected", "pairs", "pairs_rendered", "pairs_rejected", "inverted")
 _encoded = msgspec.json.Encoder().encode
 
@@ -49,12 +49,13 @@ class RenderJob:
 
         def do_part(part: Part, folder: Path, report: Callable[[int], None]) -> None:
             with atomic_folder(folder) as unfinished:
-                with open(unfinished / AUGMENTED, "wb") as documents, open(unfinished / REJECTS, "wb") as rejects:
+                with open(unfinished / AUGMENTED, "wb", _BUFFER) as documents, open(unfinished / REJECTS, "wb", _BUFFER) as rejects:
                     writer = _Writer(self, bank, documents, rejects)
                     for item in _examples(part):
                         writer.write(item)
                         report(1)
-                write_json(unfinished / SUMMARY, {"counts": writer.counts, "rejected": writer.rejected})
+                summary = {"counts": writer.counts, "rejected": writer.rejected}
+                (unfinished / SUMMARY).write_text(json.dumps(summary), encoding="utf-8")  # flushed with the folder
 
         return do_part
 
@@ -130,29 +131,32 @@ class _Writer:
         if isinstance(rendered, BrokenRecord):
             self._reject_example(rendered)
             return
-        rendering, line = rendered
+        rendering, line, rows = rendered
         self._documents.write(line)
+        self._rejects.writelines(rows)
         self.counts["documents"] += 1
-        self.counts["pairs"] += rendering.pairs + len(rendering.set_aside)
+        self.counts["pairs"] += rendering.pairs + len(rows)
         self.counts["pairs_rendered"] += rendering.pairs
-        self.counts["pairs_rejected"] += len(rendering.set_aside)
+        self.counts["pairs_rejected"] += len(rows)
         self.counts[f"layout_{rendering.layout}"] += 1
         self.counts["inverted"] += rendering.inverted
-        for one in rendering.set_aside:
-            self.rejected[one.reason] += 1
-            row = {"file": str(item.path), "line": item.line, "reason": one.reason}
-            self._reject({**row, "raw_text": one.raw_text_id, "pair": one.pair.to_json()}, escape=False)
+        if rows:
+            self.rejected.update(one.reason for one in rendering.set_aside)
 
-    def _rendered(self, read: _Read) -> tuple[Rendering, bytes] | BrokenRecord:
-        """Return the rendered example and its line of augmented.jsonl."""
+    def _rendered(self, read: _Read) -> tuple[Rendering, bytes, list[bytes]] | BrokenRecord:
+        """Return the rendered example, its line of augmented.jsonl, and those of rejects.jsonl for pairs that were set aside."""
         rendering = render(read.example, self._bank, seed=self._job.seed)
-        fault = fault_of(rendering)
-        if fault is None:
+        rows: list[dict[str, Any]] = [
+            {"file": str(read.path), "line": read.line, "reason": one.reason, "raw_text": one.raw_text_id, "pair": one.pair.to_json()}
+            for one in rendering.set_aside
+        ]
+        fault = "lone surrogate", "half of a surrogate pair in an id or in what is known of a pair"
+        if "\0" not in rendering.document.text:
             try:
-                return rendering, _encoded(rendering.document.to_json()) + b"\n"
-            except UnicodeEncodeError as error:
-                fault = "lone surrogate", f"half of a surrogate pair in an id or in what is known of a pair ({error.reason})"
-        return read.broken(*fault)
+                return rendering, _line(rendering.document.to_json()), list(map(_line, rows))
+            except UnicodeEncodeError:
+                pass  # said in words below
+        return read.broken(*(fault_of(rendering) or fault))
 
     def _reject_example(self, broken: BrokenRecord) -> None:
         if self._job.on_error == "stop":
@@ -162,7 +166,8 @@ class _Writer:
         self.counts["examples_rejected"] += 1
         self.rejected[broken.reason] += 1
         row = {"file": str(broken.path), "line": broken.line, "reason": broken.reason, "detail": broken.detail, "raw": broken.raw}
-        self._reject(row, escape=True)
+        self._rejects.write(json.dumps(row).encode() + b"\n")  # which escapes what is no Unicode
 
-    def _reject(self, row: dict[str, Any], *, escape: bool) -> None:
-        self._rejects.write(json.dumps(row, ensure_ascii=escape).encode() + b"\n")
+
+def _line(value: object) -> bytes:
+    return _encoded(value) + b"\n"

@@ -11,7 +11,7 @@ import itertools
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,8 +23,12 @@ from megatron_instruct.templates.numbering import numerals
 from megatron_instruct.templates.pairs import ReadyPair, make_ready
 from megatron_instruct.templates.sampling import Choices
 
-type Pieces = list[str]
-"""A text and its role, a text and its role, and so on: one flat list, since dozens of pieces make a document."""
+type Pieces = tuple[list[str], list[Role]]
+"""Texts, and the role of each: two flat lists, since dozens of pieces make a document."""
+
+
+_ANSWERED: list[Role] = ["instruction", "response", "glue"]
+"""Of one pair: what is asked, the response, and what separates it from the next."""
 
 
 class SetAside(Struct, frozen=True, kw_only=True):
@@ -57,7 +61,7 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
     inverted = bool(counts) and draws.inverted()
     explained = layout == "few_shot" and any(pair.rationale for _, pairs in shots for pair in pairs)
     family = "few_shot_explained" if explained else layout
-    document, ends, roles = _put_together(_pieces(shots, family, inverted, draws))
+    document, ends, roles = _put_together(*_pieces(shots, family, inverted, draws))
     provenance = {
         "raw_texts": [shot.id for shot in example.shots],
         "synthesis": _distinct([pair.provenance for shot in example.shots for pair in shot.pairs]),
@@ -118,58 +122,66 @@ def _pieces(shots: Sequence[tuple[str, Sequence[ReadyPair]]], family: str, inver
             between += draws.text("bridges") if family == "classic" and draws.has_bridge() else ""
     if len(shots) > 1:
         shot_separator = draws.text("shot_separators")
-    pieces: Pieces = []
+    texts: list[str] = []
+    roles: list[Role] = []
     for text, pairs in shots:
         if not pairs:
-            pieces += (text, "context")
-        elif inverted:
-            pieces += _LAYOUTS[family](pairs, draws)
-            pieces += (between, "glue", text, "context")
+            texts.append(text)
+            roles.append("context")
         else:
-            pieces += (before, "glue", text, "context", between, "glue")
-            pieces += _LAYOUTS[family](pairs, draws)
-        pieces += (shot_separator, "glue")
-    return pieces[:-2]
+            asked, asked_roles = _LAYOUTS[family](pairs, draws)
+            if inverted:
+                texts += (*asked, between, text)
+                roles += (*asked_roles, "glue", "context")
+            else:
+                texts += (before, text, between, *asked)
+                roles += ("glue", "context", "glue", *asked_roles)
+        texts.append(shot_separator)
+        roles.append("glue")
+    return texts[:-1], roles[:-1]
 
 
 def _classic(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
-    pieces: Pieces = []
+    texts: list[str] = []
     separator = draws.text("pair_separators")
     for pair in pairs:
         style = draws[pair.kind]
-        pieces += (style["ask"].of(pair), "instruction", style["reply"].of(pair), "response", separator, "glue")
-    return pieces[:-2]
+        texts += (style["ask"].of(pair), style["reply"].of(pair), separator)
+    return texts[:-1], (_ANSWERED * len(pairs))[:-1]
 
 
 def _dialogue(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = _speakers(draws)
-    return [draws.filled("dialogue_headers", asker=asker, answerer=answerer), "glue", *_turns(pairs, draws)]
+    header = draws.filled("dialogue_headers", asker=asker, answerer=answerer)
+    texts, roles = _turns(pairs, draws)
+    return [header, *texts], ["glue", *roles]
 
 
 def _numbered(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     style, numbers = draws["numbered_questions"], draws["question_numbers"]
     separator = draws.text("pair_separators")
-    questions: Pieces = []
-    answers: Pieces = []
+    questions: list[str] = []
+    answers: list[str] = []
     for pair, numeral in zip(pairs, numerals(numbers["numbering"].text, len(pairs)), strict=True):
         slots = {"n": numeral}
-        questions += (numbers["question"].fill(slots) + pair.asked, "instruction", separator, "glue")
-        answers += (numbers["answer"].fill(slots), "instruction", _response(pair, draws), "response", separator, "glue")
-    questions[-2:] = (draws.text("text_separators"), "glue")
-    return [style["open"].text, "instruction", *questions, style["close"].text, "instruction", *answers[:-2]]
+        questions += (numbers["question"].fill(slots) + pair.asked, separator)
+        answers += (numbers["answer"].fill(slots), _response(pair, draws), separator)
+    questions[-1] = draws.text("text_separators")
+    roles: list[Role] = ["instruction", *("instruction", "glue") * len(pairs), "instruction", *_ANSWERED * len(pairs)]
+    return [style["open"].text, *questions, style["close"].text, *answers[:-1]], roles[:-1]
 
 
 def _few_shot(pairs: Sequence[ReadyPair], draws: Draws, *, family: str = "few_shot") -> Pieces:
     style = draws[family]
     separator = draws.text("pair_separators")
-    pieces: Pieces = [style["open"].text, "instruction"]
+    texts = [style["open"].text]
     for pair in pairs:
         if pair is pairs[-1]:
-            pieces += (style["close"].text, "instruction")
+            texts.append(style["close"].text)
         reply = style["reply"] if pair.rationale or family == "few_shot" else style["plain_reply"]
         asked = replace(pair, question=pair.asked)
-        pieces += (style["ask"].of(asked), "instruction", reply.of(asked), "response", separator, "glue")
-    return pieces[:-2]
+        texts += (style["ask"].of(asked), reply.of(asked), separator)
+    return texts[:-1], ["instruction", *_ANSWERED * (len(pairs) - 1), "instruction", *_ANSWERED[:-1]]
 
 
 def _few_shot_explained(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
@@ -180,16 +192,14 @@ def _next_turn(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = _speakers(draws)
     names = {"asker": asker, "answerer": answerer}
     style, last, separator = draws["next_turn"], pairs[-1], draws.text("pair_separators")
-    history = _turns(pairs[:-1], draws)
-    return [
-        *(style["open"].fill(names), "instruction"),
-        *history,
-        *((separator, "glue") if history else ()),
-        *(draws.filled("turns", name=asker) + last.asked, "instruction"),
-        *(separator, "glue"),
-        *(style["close"].fill(names), "instruction"),
-        *(style["reply"].fill({"answer": _response(last, draws)}), "response"),
-    ]
+    history, history_roles = _turns(pairs[:-1], draws)
+    if history:
+        history.append(separator)
+        history_roles.append("glue")
+    question = draws.filled("turns", name=asker) + last.asked
+    reply = style["reply"].fill({"answer": _response(last, draws)})
+    texts = [style["open"].fill(names), *history, question, separator, style["close"].fill(names), reply]
+    return texts, ["instruction", *history_roles, "instruction", "glue", "instruction", "response"]
 
 
 _LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], Pieces]] = {
@@ -205,11 +215,10 @@ _LAYOUTS: dict[str, Callable[[Sequence[ReadyPair], Draws], Pieces]] = {
 def _turns(pairs: Sequence[ReadyPair], draws: Draws) -> Pieces:
     asker, answerer = (draws.filled("turns", name=name) for name in _speakers(draws))
     separator = draws.text("pair_separators")
-    pieces: Pieces = []
+    texts: list[str] = []
     for pair in pairs:
-        pieces += (asker + pair.asked, "instruction", separator, "glue", answerer, "instruction", _response(pair, draws), "response")
-        pieces += (separator, "glue")
-    return pieces[:-2]
+        texts += (asker + pair.asked, separator, answerer, _response(pair, draws), separator)
+    return texts[:-1], (["instruction", "glue", *_ANSWERED] * len(pairs))[:-1]
 
 
 def _speakers(draws: Draws) -> tuple[str, str]:
@@ -222,9 +231,8 @@ def _response(pair: ReadyPair, draws: Draws) -> str:
     return draws[pair.kind]["reply"].of(pair) if pair.rationale else pair.answer
 
 
-def _put_together(pieces: Pieces) -> tuple[str, tuple[int, ...], tuple[Role, ...]]:
+def _put_together(texts: list[str], roles: list[Role]) -> tuple[str, tuple[int, ...], tuple[Role, ...]]:
     """Join the pieces; return the text, and where each run of pieces of one role ends."""
-    texts, roles = pieces[::2], cast(list[Role], pieces[1::2])
     if "" in texts:
         roles = list(itertools.compress(roles, texts))
         texts = list(filter(None, texts))

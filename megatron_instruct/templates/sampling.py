@@ -12,7 +12,6 @@ import itertools
 import sys
 from array import array
 from collections.abc import Mapping
-from functools import cache
 
 from megatron_instruct.templates.bank import FAMILIES
 
@@ -23,7 +22,8 @@ _PLACES = {name: place for place, name in enumerate(("layout", "inversion", "has
 _WORDS = 42  # as many as one round of SHAKE-128 gives
 _FIRST_ORDER = len(_PLACES)
 _FEW_OPTIONS = 6
-"""Up to so many, all orders are kept in a table."""
+_ORDERS = [tuple(itertools.permutations(range(count))) for count in range(_FEW_OPTIONS + 1)]
+"""All orders of few options."""
 
 
 class Choices:
@@ -56,8 +56,8 @@ class Choices:
     def order(self, pair: int, count: int) -> tuple[int, ...]:
         """Return 0 … count - 1 in an order drawn uniformly. pair: number of the pair in its example, from 0."""
         place = _FIRST_ORDER + pair
-        if count <= _FEW_OPTIONS and place < len(self._words):
-            orders = _all_orders(count)
+        if count <= _FEW_OPTIONS and place < _WORDS:
+            orders = _ORDERS[count]
             return orders[self._words[place] * len(orders) >> 32]
         return self._shuffled(pair, count)
 
@@ -70,8 +70,3 @@ class Choices:
             bits, other = divmod(bits, last + 1)
             order[last], order[other] = order[other], order[last]
         return tuple(order)
-
-
-@cache
-def _all_orders(count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(itertools.permutations(range(count)))

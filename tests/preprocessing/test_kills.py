@@ -136,7 +136,7 @@ def test_a_killed_worker_is_noticed_and_named_and_nothing_hangs(
     process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
-    assert f"(process {workers[0].pid}) was killed by SIGKILL while encoding {large_corpus} lines" in err
+    assert f"(process {workers[0].pid}) was killed by SIGKILL at work on {large_corpus} lines" in err
     assert "fewer --workers" in err
     wait_until(lambda: not any(map(lives, workers)))
     finish(start("preprocess_data.py", *arguments(large_corpus, prefix, tokenizer_folder)))

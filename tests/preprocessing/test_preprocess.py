@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_with_the_place_and_the_run_goes_on_later(
         assert main(arguments) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"while encoding {corpus} into {tmp_path / 'a.parts'}; finished work is kept" in capsys.readouterr().err
+    assert f"at work on {corpus} in {tmp_path / 'a.parts'}; finished work is kept" in capsys.readouterr().err
     assert not list(tmp_path.glob("*_document*"))
     assert main(arguments) == 0
 
