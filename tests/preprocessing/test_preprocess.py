@@ -273,7 +273,7 @@ def test_an_interruption_does_not_wait_for_the_input_to_be_cut(
         begun.wait()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_instruct.preprocessing.run.plan_parts", cut)
+    monkeypatch.setattr("megatron_instruct.preprocessing.run.usual_parts", cut)
     monkeypatch.setattr("megatron_instruct.preprocessing.run.shared_records", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
