@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord
+from megatron_instruct.corpora.workers import DoPart
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.preprocessing.blocks import Block, BlockReader
@@ -25,7 +26,6 @@ from megatron_instruct.preprocessing.sentences import sentence_splitter
 from megatron_instruct.preprocessing.tokens import begin_documents, encode_texts, end_documents, keep_documents, split_long
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer, token_dtype
 from megatron_instruct.tokenizer.fast import FastForm, FastTokenizer
-from megatron_instruct.workers import DoPart
 
 _TOO_SHORT, _TOO_LONG = "too short", "too long"
 

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import Part, usual_parts
 from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.workers import Team, started_team
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.fingerprints import forget, shared_records
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, write_manifest
@@ -32,7 +33,6 @@ from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.fast import FastForm
 from megatron_instruct.tokenizer.fast_proof import Backend, with_fast_backend
-from megatron_instruct.workers import Team, started_team
 from megatron_instruct.workspace import plan_of, take_up
 
 

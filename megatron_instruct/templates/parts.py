@@ -15,15 +15,15 @@ import msgspec
 from megatron_instruct.corpora.lines import is_utf8, json_lines, line_blocks
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord, Record, read_slice
+from megatron_instruct.corpora.workers import DoPart
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, read_json
 from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.bank import Bank, load_bank
 from megatron_instruct.templates.rendering import Rendering, fault_of, render
-from megatron_instruct.workers import DoPart
 
 AUGMENTED, REJECTS, SUMMARY = "augmented.jsonl", "rejects.jsonl", "summary.json"
-_BLOCK_BYTES = _BUFFER = 1 << 20
+_BLOCK_BYTES, _BUFFER = 1 << 20, 1 << 18
 _COUNTS = ("examples", "documents", "examples_rejected", "pairs", "pairs_rendered", "pairs_rejected", "inverted")
 _encoded = msgspec.json.Encoder().encode
 

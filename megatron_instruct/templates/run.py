@@ -17,6 +17,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import usual_parts
 from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import LOCK, atomic_write, concatenate, locked
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
@@ -26,7 +27,6 @@ from megatron_instruct.templates.config import RenderConfig
 from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, is_finished, total_of
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
-from megatron_instruct.workers import started_team
 from megatron_instruct.workspace import take_up
 
 STAGE = "render"

@@ -15,7 +15,21 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_instruct"
 STAGE_LAYER = 3
 LAYERS = {
     **dict.fromkeys(
-        ("errors", "config", "records", "manifest", "files", "progress", "shares", "fingerprints", "cluster", "pages", "index_format"), 0
+        (
+            "errors",
+            "config",
+            "records",
+            "manifest",
+            "files",
+            "progress",
+            "shares",
+            "fingerprints",
+            "cluster",
+            "pages",
+            "index_format",
+            "workspace",
+        ),
+        0,
     ),
     **dict.fromkeys(("corpora", "prompt_formats", "templates", "tokenizer", "platform"), 1),
     **dict.fromkeys(("models", "planning"), 2),
