@@ -73,16 +73,16 @@ def _lines_before(stream: IO[bytes], remaining: int) -> Iterator[bytes]:
             return
 
 
-def line_blocks(piece: Slice, block_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield a slice of a .jsonl file in blocks of whole lines, about `block_bytes` bytes each, with the number of their first line."""
-    number, left = piece.first_line, piece.end - piece.start
+def line_blocks(piece: Slice, block_bytes: int) -> Iterator[bytes]:
+    """Yield a slice of a .jsonl file in blocks of whole lines, about `block_bytes` bytes each."""
+    left = piece.end - piece.start
     with open(piece.path, "rb") as stream:
         stream.seek(piece.start)
         while left > 0 and (content := stream.read(min(block_bytes, left))):
             if not content.endswith(b"\n"):
                 content += stream.readline()
-            yield number, content
-            number, left = number + content.count(b"\n"), left - len(content)
+            left -= len(content)
+            yield content
 
 
 def is_utf8(content: bytes) -> bool:

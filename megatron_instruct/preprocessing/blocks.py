@@ -96,12 +96,13 @@ class BlockReader:
                 yield from self._careful(read_part(Part(slices=(piece,))))
 
     def _fast(self, piece: Slice) -> Iterator[Block]:
-        found = False
-        for number, content in line_blocks(piece, BLOCK_BYTES):
+        number, found = piece.first_line, False
+        for content in line_blocks(piece, BLOCK_BYTES):
             all_utf8 = content.isascii() or is_utf8(_beside_ascii(content))
             block = self._decoded(content, piece.path, number) if all_utf8 else None
             block = block or self._line_by_line(content, piece.path, number, all_utf8=all_utf8)
             found = found or len(block) + len(block.broken) > 0
+            number += len(block) if block.content is not None else content.count(b"\n")
             yield block
         if piece.whole and not found:
             yield from self._careful(read_part(Part(slices=(piece,))))  # a file of blank lines: let its reader say so

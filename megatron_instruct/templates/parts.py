@@ -90,11 +90,12 @@ class _Read(NamedTuple):
 def _examples(part: Part) -> Iterator[_Read | BrokenRecord]:
     """Yield the examples of a part. Lines that msgspec reads as one are taken at once; what it refuses, the careful readers look at."""
     for piece in part.slices:
-        found = False
+        number, found = piece.first_line - 1, False
         if piece.path.suffix == ".jsonl":
-            for first, content in line_blocks(piece, _BLOCK_BYTES):
+            for content in line_blocks(piece, _BLOCK_BYTES):
                 all_utf8 = is_utf8(content)
-                for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), first):
+                for line in content.removesuffix(b"\n").split(b"\n"):
+                    number += 1
                     example = MShotExample.from_line(line) if all_utf8 or is_utf8(line) else None
                     if example is not None:
                         yield _Read(example, piece.path, number, line)
