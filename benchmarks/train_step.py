@@ -6,7 +6,8 @@ whatever else the machine does meets both alike. The last line is JSON with the 
 
 Ours is what tools/pretrain.py runs each iteration (compute_gradients and update of training.step, on one process); the other side is
 LlamaForCausalLM with scaled_dot_product_attention, gradient accumulation, clipping, and torch's fused AdamW. In each turn the peak of the
-machine is measured, too, by products of square matrices with as many threads; its share is of the model's operations, medians of both.
+machine is measured, too, by products of square matrices with as many threads; its share is of the model's operations, medians of both. They
+are counted twice: with the half of attention that the causal mask leaves, and with all of it, as PaLM's model FLOPs utilization has it.
 """
 
 import argparse
@@ -145,11 +146,12 @@ def peak_flops(options: argparse.Namespace) -> float:
     return measured
 
 
-def flops_per_token(options: argparse.Namespace) -> float:
+def flops_per_token(options: argparse.Namespace, *, masked: bool) -> float:
+    """masked: attention to later tokens, which the mask leaves out, does not count; PaLM's utilization (arXiv:2204.02311) counts it."""
     from megatron_instruct.models.presets import make_architecture
 
     architecture = make_architecture({}, preset_name=options.preset, vocab_size=options.vocab_size, seq_length=options.seq_length)
-    return architecture.flops_per_token(options.seq_length)
+    return architecture.flops_per_token(options.seq_length * (1 if masked else 2))
 
 
 def main() -> None:
@@ -193,7 +195,8 @@ def main() -> None:
         pipe.send(0)
     tokens = options.micro_batch_size * options.num_microbatches * options.seq_length
     rates = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
-    operations, peak = flops_per_token(options), statistics.median(peaks)
+    operations, peak = flops_per_token(options, masked=True), statistics.median(peaks)
+    palm = flops_per_token(options, masked=False) / operations
     print(
         json.dumps(
             {
@@ -203,6 +206,7 @@ def main() -> None:
                 "ratio_of_best": round(min(seconds["transformers"]) / min(seconds["ours"]), 3),
                 "peak_gflops": round(peak / 1e9, 1),
                 **{f"{name}_share_of_peak": round(rate * operations / peak, 3) for name, rate in rates.items()},
+                **{f"{name}_share_of_peak_as_palm": round(rate * operations * palm / peak, 3) for name, rate in rates.items()},
                 "threads": options.threads,
                 "shape": f"{options.preset}, {options.num_microbatches} x {options.micro_batch_size} x {options.seq_length}",
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers")},

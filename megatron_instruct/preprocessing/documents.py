@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from msgspec import Struct
+
 from megatron_instruct.corpora.read import BrokenRecord, Record, text_of
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import sha256_of
@@ -20,6 +22,12 @@ from megatron_instruct.templates.rendering import Rendering, fault_of, render
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 
 
+_EXAMPLE_KEYS = {"id", "shots"}
+_AUGMENTED_KEYS = {"id", "text", "spans", "provenance"}
+_TEXT_ONLY = ("text",)
+_ROLES = frozenset(get_args(Role))
+
+
 class Spans(NamedTuple):
     """Roles of the characters of a text, as records.AugmentedText has them: no span is empty, the last one ends with the text."""
 
@@ -27,14 +35,7 @@ class Spans(NamedTuple):
     roles: Sequence[Role]
 
 
-_EXAMPLE_KEYS = {"id", "shots"}
-_AUGMENTED_KEYS = {"id", "text", "spans", "provenance"}
-_TEXT_ONLY = ("text",)
-_ROLES = frozenset(get_args(Role))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
+class Document(Struct, frozen=True, kw_only=True, gc=False):
     """One document of the data set."""
 
     texts: tuple[str, ...]
