@@ -21,7 +21,6 @@ from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.rendering import Rendering, fault_of, render
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 
-
 _EXAMPLE_KEYS = {"id", "shots"}
 _AUGMENTED_KEYS = {"id", "text", "spans", "provenance"}
 _TEXT_ONLY = ("text",)
