@@ -56,6 +56,17 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def states_of(files: Sequence[Path]) -> list[State]:
+    return list(map(_state, files))
+
+
+def require_unchanged(files: Sequence[Path], before: Sequence[State]) -> None:
+    """Raise InputError that names a file that is not as it was. before: their states then."""
+    for file, then in zip(files, before, strict=True):
+        if _state(file) != then:
+            raise InputError(f"input {file} changed while it was read; run the same command again.")
+
+
 def _batches(files: Sequence[Path]) -> list[list[Path]]:
     """Return the files in batches, the last of which may be small; none where they are small altogether."""
     batches: list[list[Path]] = [[]]

@@ -17,8 +17,8 @@ from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.parts import Part, usual_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.corpora.workers import Team, started_team
-from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.fingerprints import forget, shared_records
+from megatron_instruct.errors import ConfigError
+from megatron_instruct.fingerprints import forget, require_unchanged, shared_records, states_of
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
@@ -83,7 +83,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     if (done := _finished(job)) is not None and not job.folder.exists():
         forget(_fingerprints(config))
         return done
-    before = _states(job.files)
+    before = states_of(job.files)
     share = parse_share(config.share)
 
     def prepare(alone: bool) -> _Plan | dict[str, Manifest]:
@@ -96,8 +96,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
         else:
             plan = place.prepared
             _encode(job, plan)
-            if _states(job.files) != before:
-                raise InputError("an input file changed while it was read; run the same command again.")
+            require_unchanged(job.files, before)
             if share is not None:
                 print(f"Share {share}: all its parts are encoded. When every share's are, the same command without --share merges them.")
                 return {}
@@ -140,10 +139,6 @@ def _resolve(config: PreprocessConfig) -> _Job:
 def _fingerprints(config: PreprocessConfig) -> Path:
     """Where those of large inputs are kept until the manifest has them."""
     return config.output_prefix.with_name(config.output_prefix.name + ".fingerprints")
-
-
-def _states(files: Sequence[Path]) -> list[tuple[int, int]]:
-    return [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
 
 
 def _finished(job: _Job) -> dict[str, Manifest] | None:

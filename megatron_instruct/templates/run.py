@@ -20,6 +20,7 @@ from megatron_instruct.corpora.read import find_files
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import LOCK, atomic_write, concatenate, locked
+from megatron_instruct.fingerprints import require_unchanged, states_of
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
@@ -37,7 +38,7 @@ def run(config: RenderConfig) -> Manifest:
     """Do the stage and return its manifest."""
     bank = load_bank(_bank_file(config), extension=config.extend_bank)
     files = find_files([_examples_of(given) for given in config.input])
-    inputs = records(files)
+    before, inputs = states_of(files), records(files)
     check_stage_outputs(files, inputs)
     settings = {"seed": config.seed, "bank": bank.fingerprint, "language": bank.language, "on_error": config.on_error}
     settings["sampling"] = SAMPLING_VERSION
@@ -53,7 +54,9 @@ def run(config: RenderConfig) -> Manifest:
         with locked(config.output_dir):
             manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)  # another run may have ended meanwhile
             if manifest is None:
-                manifest = _render_files(files, bank, config, settings, inputs)
+                folders = _render_parts(files, bank, config, settings, inputs)
+                require_unchanged(files, before)
+                manifest = _put_together(folders, bank, config, settings, inputs)
                 write_manifest(place, manifest)
             _remove_work(config.output_dir)
         _print_summary(config, manifest)
@@ -81,11 +84,10 @@ def _require_free(folder: Path) -> None:
         raise InputError(f"{folder} holds files and no {MANIFEST}, so they are not of this stage; choose another output_dir or remove it.")
 
 
-def _render_files(
-    files: Sequence[Path], bank: Bank, config: RenderConfig, settings: Mapping[str, Any], inputs: Sequence[FileRecord]
+def _put_together(
+    folders: list[Path], bank: Bank, config: RenderConfig, settings: Mapping[str, Any], inputs: Sequence[FileRecord]
 ) -> Manifest:
-    """Write the documents and the rejects of all files, and return the manifest that describes them."""
-    folders = _render_parts(files, bank, config, settings, inputs)
+    """Write the documents and the rejects of all parts, and return the manifest that describes them."""
     counts, rejected = total_of(folders)
     if not counts["documents"]:
         raise InputError(f"no example could be rendered from {', '.join(config.input)}: {_reasons(rejected)}.")

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_instruct.corpora.parts import Part, usual_parts
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import write_json
 from megatron_instruct.manifest import Manifest, read_manifest, records, write_manifest
@@ -159,6 +160,22 @@ def test_parts_of_another_seed_are_not_taken(tmp_path: Path, capsys: pytest.Capt
     render_to(tmp_path / "calm", examples, seed=5, on_error="reject")
     assert contents(tmp_path / "out") == contents(tmp_path / "calm")
     assert "Leftovers of an unfinished run" in capsys.readouterr().out
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = write_examples(tmp_path / "examples.jsonl", 5)
+
+    def cut(files: Sequence[Path]) -> list[Part]:
+        parts = usual_parts(files)
+        write_examples(examples, 6)
+        return parts
+
+    monkeypatch.setattr("megatron_instruct.templates.run.usual_parts", cut)
+    with pytest.raises(InputError, match=r"examples.jsonl changed while it was read; run the same command again"):
+        render_to(tmp_path / "out", examples)
+    assert not (tmp_path / "out" / "augmented.jsonl").exists()
+    monkeypatch.undo()
+    assert render_to(tmp_path / "out", examples).counts["documents"] == 6
 
 
 def finished_parts(folder: Path) -> list[Path]:
