@@ -14,7 +14,7 @@ import msgspec
 
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice
 
-_CHUNK = 1 << 20
+BLOCK_BYTES = _CHUNK = 1 << 20
 _BUFFER = 1 << 18
 
 
@@ -73,12 +73,12 @@ def _lines_before(stream: IO[bytes], remaining: int) -> Iterator[bytes]:
             return
 
 
-def line_blocks(piece: Slice, block_bytes: int) -> Iterator[bytes]:
-    """Yield a slice of a .jsonl file in blocks of whole lines, about `block_bytes` bytes each."""
+def line_blocks(piece: Slice) -> Iterator[bytes]:
+    """Yield a slice of a .jsonl file in blocks of whole lines, about BLOCK_BYTES each."""
     left = piece.end - piece.start
     with open(piece.path, "rb") as stream:
         stream.seek(piece.start)
-        while left > 0 and (content := stream.read(min(block_bytes, left))):
+        while left > 0 and (content := stream.read(min(BLOCK_BYTES, left))):
             if not content.endswith(b"\n"):
                 content += stream.readline()
             left -= len(content)

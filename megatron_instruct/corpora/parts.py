@@ -5,15 +5,16 @@ has in its file. A large .jsonl file is cut between lines, a .parquet file betwe
 file of any other kind stays whole, since it can only be read from its start. Small neighbours share a part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_instruct.corpora.formats import format_of
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice, whole_file
 from megatron_instruct.corpora.read import read_slice
 
-__all__ = ["Part", "Slice", "plan_parts", "read_part", "usual_parts"]
+__all__ = ["Part", "Slice", "plan_parts", "read_part", "total_lines", "usual_parts"]
 _SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
 
 
@@ -26,12 +27,21 @@ class Part:
     @property
     def lines(self) -> int | None:
         """Number of lines, where it is known before reading."""
-        counts = [piece.lines for piece in self.slices]
-        return None if None in counts else sum(count for count in counts if count is not None)
+        return total_lines(self.slices)
+
+    def to_json(self) -> list[list[Any]]:
+        """Return what tells this part from others, for a plan of the work."""
+        return [[str(piece.path), piece.start, piece.end] for piece in self.slices]
 
     def __str__(self) -> str:
         first, last = self.slices[0], self.slices[-1]
         return str(first) if len(self.slices) == 1 else f"{first} to {last} ({len(self.slices)} pieces)"
+
+
+def total_lines(pieces: Iterable[Part | Slice]) -> int | None:
+    """Return the lines of all pieces, None where those of one are not known before reading."""
+    counts = [piece.lines for piece in pieces]
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def usual_parts(files: Sequence[Path], wanted: int | None = None) -> list[Part]:

@@ -6,7 +6,7 @@ at a time, which say what is wrong or accept it. So a line's fate depends on the
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
@@ -17,14 +17,13 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
-from megatron_instruct.corpora.lines import is_utf8, json_lines, line_blocks
+from megatron_instruct.corpora.lines import BLOCK_BYTES, is_utf8, json_lines, line_blocks
 from megatron_instruct.corpora.parts import Part, Slice, read_part
 from megatron_instruct.corpora.read import BrokenRecord, Record
-from megatron_instruct.preprocessing.documents import Document, DocumentMaker, Spans, checked_spans
+from megatron_instruct.preprocessing.documents import Document, DocumentMaker, Spans, checked_spans, rendered_document
 from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.rendering import Rendering
 
-BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 1 << 14
 _BREAK, _RETURN, _OPEN, _CLOSE = b"\n\r{}"
 _NOT_DECODED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -37,8 +36,10 @@ class Block:
     path: Path
     columns: tuple[list[str], ...]
     """Texts of the documents, a list for each JSON key."""
-    numbers: MutableSequence[int] | range = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     """Line, or row, of each document."""
+    raw: list[bytes | dict[str, Any]] = field(default_factory=list)
+    """Each document as it was read; nothing where `content` has them all."""
     content: bytes | None = None
     """The lines of the documents, where every line is one."""
     spans: dict[int, Spans] = field(default_factory=dict)
@@ -48,9 +49,8 @@ class Block:
     broken: list[BrokenRecord] = field(default_factory=list)
 
     @cached_property
-    def raw(self) -> list[bytes | dict[str, Any]]:
-        """Each document as it was read."""
-        return [] if self.content is None else [*self.content.split(b"\n")]
+    def _lines(self) -> list[bytes]:
+        return (self.content or b"").split(b"\n")
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -58,7 +58,7 @@ class Block:
 
     def reject(self, place: int, reason: str, detail: str) -> BrokenRecord:
         """Return one of the documents as a broken record."""
-        number, raw = self.numbers[place], self.raw[place]
+        number, raw = self.numbers[place], self.raw[place] if self.content is None else self._lines[place]
         if isinstance(raw, bytes):
             return BrokenRecord(self.path, number, reason, detail, raw.decode("utf-8", "backslashreplace").rstrip("\r\n"))
         return Record(self.path, number, raw).broken(reason, detail)
@@ -68,7 +68,6 @@ class Block:
             self.broken.append(item)
             return
         place = len(self.numbers)
-        assert not isinstance(self.numbers, range), "what is read line by line has a list"
         for column, text in zip(self.columns, item.texts, strict=True):
             column.append(text)
         self.numbers.append(number)
@@ -97,7 +96,7 @@ class BlockReader:
 
     def _fast(self, piece: Slice) -> Iterator[Block]:
         number, found = piece.first_line, False
-        for content in line_blocks(piece, BLOCK_BYTES):
+        for content in line_blocks(piece):
             all_utf8 = content.isascii() or is_utf8(_beside_ascii(content))
             block = self._decoded(content, piece.path, number) if all_utf8 else None
             block = block or self._line_by_line(content, piece.path, number, all_utf8=all_utf8)
@@ -121,7 +120,7 @@ class BlockReader:
         for column in columns:
             if not all(column) or any(map(str.isspace, column)) or any(map(operator.contains, column, repeat("\0"))):
                 return None
-        return Block(path, columns, numbers=range(number, number + len(rows)), content=content)
+        return Block(path, columns, numbers=list(range(number, number + len(rows))), content=content)
 
     def _line_by_line(self, content: bytes, path: Path, first: int, *, all_utf8: bool) -> Block:
         block, examples = self._empty_block(path), False
@@ -161,8 +160,8 @@ class BlockReader:
     def _example(self, line: bytes) -> Document | None:
         """Return the document of a line that msgspec takes for an example; it takes no lone surrogate."""
         example = MShotExample.from_line(line) if self._keys == ("text",) else None
-        document = self._maker.rendered(example) if example is not None else None
-        return document if document is not None and "\0" not in document.texts[0] else None
+        rendering = self._maker.rendering(example) if example is not None else None
+        return rendered_document(rendering) if rendering is not None and "\0" not in rendering.document.text else None
 
     def _careful(self, items: Iterable[Record | BrokenRecord]) -> Iterator[Block]:
         block, characters = None, 0

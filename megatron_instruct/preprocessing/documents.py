@@ -90,10 +90,9 @@ class DocumentMaker:
                 example = MShotExample.from_json(value, where=record.where)
             except InputError as error:
                 return record.broken("no example", str(error).removeprefix(f"{record.where}: "))
-            document = self.rendered(example)
-            assert document.rendering is not None
-            fault = fault_of(document.rendering)
-            return record.broken(*fault) if fault is not None else document
+            rendering = self.rendering(example)
+            fault = fault_of(rendering)
+            return record.broken(*fault) if fault is not None else rendered_document(rendering)
         texts = self._texts(record)
         if isinstance(texts, BrokenRecord) or not is_augmented:
             return texts if isinstance(texts, BrokenRecord) else Document(texts=texts)
@@ -109,13 +108,16 @@ class DocumentMaker:
             texts.append(text)
         return tuple(texts)
 
-    def rendered(self, example: MShotExample) -> Document:
-        """Return the document of an example, which fault_of has not looked at."""
+    def rendering(self, example: MShotExample) -> Rendering:
+        """Render an example; fault_of has not looked at the result."""
         if self._bank is None:
             self._bank = load_bank(self._options.bank, extension=self._options.extension)
-        rendering = render(example, self._bank, seed=self._options.seed)
-        document = rendering.document
-        return Document(texts=(document.text,), spans=Spans(document.ends, document.roles), rendering=rendering)
+        return render(example, self._bank, seed=self._options.seed)
+
+
+def rendered_document(rendering: Rendering) -> Document:
+    document = rendering.document
+    return Document(texts=(document.text,), spans=Spans(document.ends, document.roles), rendering=rendering)
 
 
 def checked_spans(spans: Any, text: str) -> Spans | str:

@@ -3,7 +3,6 @@
 Does not know: other parts, other workers.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_instruct.corpora.part_folders import write_summary
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord
 from megatron_instruct.corpora.workers import DoPart
@@ -20,7 +20,7 @@ from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder
 from megatron_instruct.preprocessing.blocks import Block, BlockReader
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions
-from megatron_instruct.preprocessing.part_files import SUMMARY, PartSummary
+from megatron_instruct.preprocessing.part_files import PartSummary
 from megatron_instruct.preprocessing.part_writer import PartWriter
 from megatron_instruct.preprocessing.sentences import sentence_splitter
 from megatron_instruct.preprocessing.tokens import begin_documents, encode_texts, end_documents, keep_documents, split_long
@@ -102,7 +102,7 @@ class PartEncoder:
                     self._encode_block(block, writer)
                     report(len(block) + len(block.broken))
             summary = writer.summary()
-            (unfinished / SUMMARY).write_text(json.dumps(asdict(summary), ensure_ascii=False), encoding="utf-8")  # flushed with the folder
+            write_summary(unfinished, asdict(summary))
         return summary
 
     def _encode_block(self, block: Block, writer: PartWriter) -> None:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_instruct.corpora.part_folders import read_summary
 from megatron_instruct.errors import InputError
 from megatron_instruct.manifest import FileRecord, Manifest, record
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import RenderOptions
 from megatron_instruct.preprocessing.indexed_dataset import roles_file
 from megatron_instruct.preprocessing.merge import MergeOptions, merge_rejects, merge_tokens
-from megatron_instruct.preprocessing.part_files import PartSummary, read_summary
+from megatron_instruct.preprocessing.part_files import PartSummary
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
 from megatron_instruct.tokenizer import Tokenizer, token_dtype
 
@@ -41,7 +42,7 @@ class Origin:
 
 def write_data_sets(config: PreprocessConfig, folders: Sequence[Path], origin: Origin) -> dict[str, Manifest]:
     """Write and verify the data set of each JSON key. Raises InputError where no document is left."""
-    total = _total([summary for folder in folders if (summary := read_summary(folder)) is not None], folders)
+    total = _total([PartSummary(**read_summary(folder)) for folder in folders])
     options = MergeOptions(
         dtype=token_dtype(origin.tokenizer.vocab_size),
         eod=origin.tokenizer.eod,
@@ -77,8 +78,7 @@ def write_data_sets(config: PreprocessConfig, folders: Sequence[Path], origin: O
     return manifests
 
 
-def _total(summaries: Sequence[PartSummary], folders: Sequence[Path]) -> PartSummary:
-    assert len(summaries) == len(folders), "every part is finished"
+def _total(summaries: Sequence[PartSummary]) -> PartSummary:
     banks = [summary.bank for summary in summaries if summary.bank is not None]
     return PartSummary(
         documents_in=sum(summary.documents_in for summary in summaries),

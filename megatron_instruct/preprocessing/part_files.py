@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_instruct.files import read_json
 from megatron_instruct.preprocessing.roles import Codes, plain_codes
 
-SUMMARY, REJECTS = "summary.json", "rejects.jsonl"
+REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,6 @@ class PartSummary:
     has_roles: bool
     straddling: int
     """Tokens that span several roles."""
-
-
-def read_summary(folder: Path) -> PartSummary | None:
-    """Return what the part in `folder` says of itself, or None when it is not finished."""
-    return PartSummary(**read_json(folder / SUMMARY)) if is_finished(folder) else None
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / SUMMARY).is_file()
 
 
 def bin_name(key: str) -> str:

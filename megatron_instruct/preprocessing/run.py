@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.parts import Part, usual_parts
+from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
+from megatron_instruct.corpora.parts import Part, total_lines, usual_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.corpora.workers import Team, started_team
 from megatron_instruct.errors import ConfigError
@@ -25,7 +26,6 @@ from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptio
 from megatron_instruct.preprocessing.encode import EncodeJob, EncodeOptions
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
-from megatron_instruct.preprocessing.part_files import is_finished
 from megatron_instruct.preprocessing.sample import sample_texts
 from megatron_instruct.preprocessing.verify import manifest_file
 from megatron_instruct.progress import Progress
@@ -178,14 +178,14 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
     plan: dict[str, Any] = {
         "settings": {**job.settings, RENDERING: job.render.fingerprint()},
         "inputs": [[record.path, record.sha256] for record in job.inputs],
-        "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in job.parts],
+        "parts": [part.to_json() for part in job.parts],
     }
     numbered = [(job.folder / f"{number:06d}", part) for number, part in enumerate(job.parts)]
     own = dict(numbered[number] for number in (range(len(numbered)) if share is None else share.parts(len(numbered))))
     known = plan_of(job.folder) or {}
     goes_on = known == {**plan, "encoding": known.get("encoding")}
     encoding: dict[str, Any] = known["encoding"] if goes_on else {}
-    left, form, team = _unfinished(own) if goes_on else own, None, None
+    left, form, team = unfinished(own) if goes_on else own, None, None
     if left:
         if job.config.executor == "local":
             team = stack.enter_context(started_team(min(job.config.workers, len(left)), EncodeJob))
@@ -198,28 +198,21 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
     return _Plan(
         folders=[folder for folder, _ in numbered],
         share=own,
-        left=_unfinished(own),
+        left=unfinished(own),
         encoding=encoding,
         fast_form=form,
         team=team,
     )
 
 
-def _unfinished(parts: Mapping[Path, Part]) -> dict[Path, Part]:
-    return {folder: part for folder, part in parts.items() if not is_finished(folder)}
-
-
 def _encode(job: _Job, plan: _Plan) -> None:
     """Encode the parts of this run that are not encoded yet."""
     left = plan.left
-    if len(left) < len(plan.share):
-        print(f"{len(plan.share) - len(left)} of {len(plan.share)} parts are finished already; going on with the rest.")
+    say_what_is_left(plan.share, left)
     if not left:
         return
     encode_job = _encode_job(job, plan.fast_form)
-    lines = [part.lines for part in left.values()]
-    total = None if None in lines else sum(count for count in lines if count is not None)
-    with Progress("preprocess", total=total, unit="documents") as progress:
+    with Progress("preprocess", total=total_lines(left.values()), unit="documents") as progress:
         if plan.team is not None:
             plan.team.do_parts(left, encode_job, report=progress.add)
         else:

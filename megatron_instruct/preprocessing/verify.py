@@ -84,7 +84,7 @@ def count_roles(name: str, pieces: Iterable[npt.NDArray[np.uint8]], tokens: int)
     """Return the tokens of each role in a file of roles that is read in pieces, and what is wrong with it. tokens: of the data set."""
     found = np.zeros(256, dtype=np.int64)
     for codes in pieces:
-        known = [np.count_nonzero(codes == code) for code in ROLE_CODES.values()]  # a tenth of what bincount takes
+        known = [np.count_nonzero(codes == code) for code in ROLE_CODES.values()]  # a fifth of what bincount takes
         found[: len(known)] += known
         if sum(known) < len(codes):
             found += np.bincount(codes[codes >= len(known)], minlength=256)

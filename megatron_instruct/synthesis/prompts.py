@@ -99,8 +99,9 @@ class MarkerPrompts:
         Byte-level tokenizers write a last line break, or two, in another way than the same ones between words.
         """
         flat = self._tokenizer.encode_flat([text + following], ends=True)
-        assert flat.ends is not None, "ends were asked for"
-        places = (flat.ends == len(text.encode())).nonzero()[0]
+        ends = flat.ends
+        assert ends is not None, "ends were asked for"
+        places = (ends == len(text.encode())).nonzero()[0]
         ids: list[int] = flat.ids[: int(places[-1]) + 1].tolist() if len(places) else self._tokenizer.encode(text)
         return ids
 

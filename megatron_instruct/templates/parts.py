@@ -13,17 +13,18 @@ from typing import IO, Any, Literal, NamedTuple
 import msgspec
 
 from megatron_instruct.corpora.lines import is_utf8, json_lines, line_blocks
+from megatron_instruct.corpora.part_folders import read_summary, write_summary
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.corpora.read import BrokenRecord, Record, read_slice
 from megatron_instruct.corpora.workers import DoPart
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_folder, read_json
+from megatron_instruct.files import atomic_folder
 from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.bank import Bank, load_bank
 from megatron_instruct.templates.rendering import Rendering, fault_of, render
 
-AUGMENTED, REJECTS, SUMMARY = "augmented.jsonl", "rejects.jsonl", "summary.json"
-_BLOCK_BYTES, _BUFFER = 1 << 20, 1 << 18
+AUGMENTED, REJECTS = "augmented.jsonl", "rejects.jsonl"
+_BUFFER = 1 << 18
 _COUNTS = ("examples", "documents", "examples_rejected", "pairs", "pairs_rendered", "pairs_rejected", "inverted")
 _encoded = msgspec.json.Encoder().encode
 
@@ -55,20 +56,16 @@ class RenderJob:
                         writer.write(item)
                         report(1)
                 summary = {"counts": writer.counts, "rejected": writer.rejected}
-                (unfinished / SUMMARY).write_text(json.dumps(summary), encoding="utf-8")  # flushed with the folder
+                write_summary(unfinished, summary)
 
         return do_part
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / SUMMARY).is_file()
 
 
 def total_of(folders: list[Path]) -> tuple[Counter[str], Counter[str]]:
     """Return the counts of finished parts, and what they rejected by reason."""
     counts, rejected = Counter(dict.fromkeys(_COUNTS, 0)), Counter[str]()
     for folder in folders:
-        summary = read_json(folder / SUMMARY)
+        summary = read_summary(folder)
         counts.update(summary["counts"])
         rejected.update(summary["rejected"])
     return counts, rejected
@@ -92,7 +89,7 @@ def _examples(part: Part) -> Iterator[_Read | BrokenRecord]:
     for piece in part.slices:
         number, found = piece.first_line - 1, False
         if piece.path.suffix == ".jsonl":
-            for content in line_blocks(piece, _BLOCK_BYTES):
+            for content in line_blocks(piece):
                 all_utf8 = is_utf8(content)
                 for line in content.removesuffix(b"\n").split(b"\n"):
                     number += 1
@@ -151,13 +148,13 @@ class _Writer:
             {"file": str(read.path), "line": read.line, "reason": one.reason, "raw_text": one.raw_text_id, "pair": one.pair.to_json()}
             for one in rendering.set_aside
         ]
-        fault = "lone surrogate", "half of a surrogate pair in an id or in what is known of a pair"
         if "\0" not in rendering.document.text:
             try:
                 return rendering, _line(rendering.document.to_json()), list(map(_line, rows))
             except UnicodeEncodeError:
                 pass  # said in words below
-        return read.broken(*(fault_of(rendering) or fault))
+        of_others = "lone surrogate", "half of a surrogate pair in an id or in what is known of a pair"
+        return read.broken(*(fault_of(rendering) or of_others))
 
     def _reject_example(self, broken: BrokenRecord) -> None:
         if self._job.on_error == "stop":

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.parts import usual_parts
+from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
+from megatron_instruct.corpora.parts import total_lines, usual_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
@@ -25,7 +26,7 @@ from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs
 from megatron_instruct.progress import Progress
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
 from megatron_instruct.templates.config import RenderConfig
-from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, is_finished, total_of
+from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, total_of
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
 from megatron_instruct.workspace import take_up
@@ -46,7 +47,7 @@ def run(config: RenderConfig) -> Manifest:
     manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)
     if manifest is not None:
         print(f"Finished already: {config.output_dir}.")
-        if (config.output_dir / PARTS).is_dir():  # killed after its manifest was written
+        if (config.output_dir / LOCK).is_file():  # killed after its manifest was written
             with locked(config.output_dir):
                 _remove_work(config.output_dir)
     else:
@@ -65,7 +66,8 @@ def run(config: RenderConfig) -> Manifest:
 
 
 def _remove_work(folder: Path) -> None:
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    if (folder / PARTS).is_dir():
+        shutil.rmtree(folder / PARTS)
     (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -114,15 +116,14 @@ def _render_parts(
     plan = {
         "settings": settings,
         "inputs": [[record.path, record.sha256] for record in inputs],
-        "parts": [[[str(piece.path), piece.start, piece.end] for piece in part.slices] for part in parts],
+        "parts": [part.to_json() for part in parts],
     }
     place = config.output_dir / PARTS
     place.mkdir(exist_ok=True)
     take_up(place, plan, outputs=())
     work = {place / f"{number:06d}": part for number, part in enumerate(parts)}
-    left = {folder: part for folder, part in work.items() if not is_finished(folder)}
-    if len(left) < len(work):
-        print(f"{len(work) - len(left)} of {len(work)} parts are finished already; going on with the rest.")
+    left = unfinished(work)
+    say_what_is_left(work, left)
     job = RenderJob(
         bank=_bank_file(config),
         extension=config.extend_bank,
@@ -131,9 +132,10 @@ def _render_parts(
         on_error=config.on_error,
     )
     if left:
-        lines = [part.lines for part in left.values()]
-        total = None if None in lines else sum(count for count in lines if count is not None)
-        with Progress(STAGE, total=total, unit="examples") as progress, started_team(min(config.workers, len(left)), RenderJob) as team:
+        with (
+            Progress(STAGE, total=total_lines(left.values()), unit="examples") as progress,
+            started_team(min(config.workers, len(left)), RenderJob) as team,
+        ):
             team.do_parts(left, job, report=progress.add)
     return list(work)
 

@@ -130,7 +130,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> 
     assert rows[:2500] == rows[2500:] and len(rejects(tmp_path / "3")) == 2
 
 
-def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start) -> None:
+def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     examples = write_examples(tmp_path / "examples.jsonl", 12_000)
     render_to(tmp_path / "calm", examples)
     out = tmp_path / "killed"
@@ -146,9 +146,14 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start) -> 
         assert not (out / "manifest.json").exists()
     finished = finished_parts(out)
     (out / "augmented.jsonl").write_bytes(b"killed between two renames")
+    (out / "rejects.jsonl.partial").write_bytes(b"killed while it was written")
     assert main(["--input", str(examples), "--output-dir", str(out)]) == 0
     assert contents(out) == contents(tmp_path / "calm")
-    assert finished, "the last run went on with these"
+    assert f"{len(finished)} of " in capsys.readouterr().out and finished, "the last run went on with these"
+    write_json(out / "parts" / "000000" / "summary.json", {})
+    (out / "lock").touch()
+    assert main(["--input", str(examples), "--output-dir", str(out)]) == 0, "killed before it had cleared up"
+    assert contents(out) == contents(tmp_path / "calm")
 
 
 def test_parts_of_another_seed_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
