@@ -8,7 +8,7 @@ fail() { echo "setup: error: $*" >&2; exit 1; }
 
 profile=${1:-}
 if [ -z "$profile" ]; then
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then profile=gpu; else profile=cpu; fi
+    if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then profile=gpu; else profile=cpu; fi
 fi
 [ "$profile" = cpu ] || [ "$profile" = gpu ] || fail "profile '$profile' is unknown; use cpu or gpu."
 

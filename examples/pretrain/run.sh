@@ -27,6 +27,8 @@ esac
 python=${PYTHON:-.venv/bin/python}
 flags=(--config "$config" --train-data-path "${blend[@]}" --valid-data-path "$data/heldout_text_document"
     --tokenizer-model "${TOKENIZER:-tokenizer}" --save "checkpoints/$recipe-$arm" "$@")
-if printf '%s\n' "$@" | grep -qx -- --dry-run; then exec "$python" tools/pretrain.py "${flags[@]}"; fi
+for flag in "$@"; do
+    if [ "$flag" = --dry-run ]; then exec "$python" tools/pretrain.py "${flags[@]}"; fi
+done
 # a launcher, such as examples/slurm/pretrain.sbatch, names the machines in LAUNCH
 exec "$python" tools/launch.py ${LAUNCH:---standalone --nproc-per-node gpu} tools/pretrain.py "${flags[@]}"

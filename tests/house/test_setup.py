@@ -50,6 +50,15 @@ def test_an_older_python_is_not_taken(project: Path) -> None:
     assert "no Python 3.12 or 3.13" in done.stderr
 
 
+def test_a_machine_with_gpus_is_set_up_for_them_however_many_it_has(project: Path) -> None:
+    smi = project / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/bash\nfor ((gpu = 0; gpu < 10000; gpu++)); do echo \"GPU $gpu: a device\"; done\n")  # more than a pipe holds
+    smi.chmod(0o755)
+    (project / ".venv").mkdir()  # asks for no room on the disk
+    done = install(project, PYTHON="/bin/true")
+    assert done.stdout.splitlines()[-2].endswith("(gpu)")
+
+
 def test_an_unknown_profile_is_refused(project: Path) -> None:
     done = install(project, "tpu")
     assert done.returncode == 1

@@ -57,6 +57,12 @@ def test_what_cannot_be_is_refused_before_anything_starts(arguments: tuple[str, 
     assert message in result.stderr
 
 
+def test_a_dry_run_is_one_however_many_flags_follow() -> None:
+    result = run_sh("70B-scratch", "vanilla", "--dry-run", *["--seed", "1"] * 10_000)  # more than a pipe holds
+    assert result.returncode == 0, result.stderr
+    assert "Model: " in result.stdout
+
+
 def test_a_dry_run_asks_for_the_vocabulary_it_cannot_know(start: Callable[..., Any], tmp_path: Path) -> None:
     flags = (
         "--preset",
