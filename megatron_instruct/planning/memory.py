@@ -145,12 +145,12 @@ def layer_activations(shape: Shape, execution: Execution) -> float:
 def _layer_activations_on_cpu(shape: Shape, execution: Execution, number: int) -> float:
     """Return the same where nothing is fused (platform/cpu_modules.py, of a dense, gated model on one rank).
 
-    Each norm keeps its input and its result in fp32; the fused query, key and value stay beside the turned queries and keys; gate,
-    activation and their product are kept apart.
+    Each norm keeps its input, and in other precisions than fp32 its result as well, both in fp32; the fused query, key and value stay
+    beside the turned queries and keys.
     """
-    norms = 2 * (4 + 4) * shape.hidden + 2 * 4
+    norms = 2 * (4 if number == 4 else 4 + 4) * shape.hidden + 2 * 4
     product_inputs = 2 * number * shape.hidden
     attention = number * (3 * shape.query + 3 * shape.key_value) + 4 * shape.heads
     positions = 4 * number * shape.head_size / execution.micro_batch_size
-    hidden_layer = number * (shape.ffn_in + 3 * shape.ffn)
+    hidden_layer = number * (shape.ffn_in + shape.ffn)
     return execution.tokens * (norms + product_inputs + attention + positions + hidden_layer)

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_instruct.platform.cpu_attention import causal_attention, is_short
+from megatron_instruct.platform.cpu_functions import rms_norm
 
 
 class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
@@ -107,3 +108,7 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
         if config.sequence_parallel:
             self.weight.sequence_parallel = True  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.eps is not None, "it is given"
+        return rms_norm(x, self.weight, self.eps) if x.dtype == self.weight.dtype == torch.float32 else super().forward(x)

@@ -16,6 +16,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.platform.cpu_functions import look_up, rotate, swiglu
 
 MEGATRON_CORE_VERSION = "0.19"
 _CPU = torch.device("cpu")
@@ -89,6 +90,41 @@ class _TorchOnCpu:
     @staticmethod
     def device(*_: Any, **__: Any) -> torch.device:
         return _CPU
+
+
+class _FunctionsOnCpu:
+    """torch.nn.functional with another embedding."""
+
+    embedding = staticmethod(look_up)
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _rotation(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def apply(
+        t: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False, *, mscale: float = 1.0, **options: Any
+    ) -> torch.Tensor:
+        usual = not rotary_interleaved and not any(options.values()) and t.size(-1) == freqs.size(-1) and t.dtype == freqs.dtype
+        return rotate(t, freqs, mscale) if usual else original(t, freqs, rotary_interleaved, mscale=mscale, **options)
+
+    return apply
+
+
+def _swiglu(x: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    return swiglu(x if bias is None else x + bias)
+
+
+def _weighted_swiglu(x: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor, *_: Any) -> torch.Tensor:
+    return (_swiglu(x, bias) * weights).to(x.dtype)
+
+
+def _scaled(_chunk_size: int, _overflow: torch.Tensor, tensors: list[list[torch.Tensor]], scale: float) -> None:
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def _mesh_on_cpu(original: Any) -> Any:
@@ -166,31 +202,35 @@ class Replacement:
         return getattr(owner, name, None) if self.is_optional else getattr(owner, name)
 
 
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda _original: value
+
+
 def _constant(value: Any) -> Callable[[Any], Any]:
-    return lambda _original: lambda *_values, **_options: value
+    return _always(lambda *_values, **_options: value)
 
 
 REPLACEMENTS = (
     Replacement(symbol="torch:cuda.current_device", why="names the device of new buffers", make=_constant(_CPU)),
     Replacement(symbol="torch:cuda.synchronize", why="called by timers and pipeline schedules", make=_constant(None)),
-    Replacement(symbol="torch:cuda.Stream", why="side streams of overlapped communication and of expert dispatch", make=lambda _: _Stream),
-    Replacement(symbol="torch:cuda.current_stream", why="the optimizer and DDP wait for it", make=lambda _: lambda *_v, **_o: _Stream()),
-    Replacement(symbol="torch:cuda.stream", why="context of a side stream", make=lambda _: lambda *_v, **_o: contextlib.nullcontext()),
+    Replacement(symbol="torch:cuda.Stream", why="side streams of overlapped communication and of expert dispatch", make=_always(_Stream)),
+    Replacement(symbol="torch:cuda.current_stream", why="the optimizer and DDP wait for it", make=_always(lambda *_v, **_o: _Stream())),
+    Replacement(symbol="torch:cuda.stream", why="context of a side stream", make=_always(lambda *_v, **_o: contextlib.nullcontext())),
     Replacement(symbol="torch:tensor", why='called with device="cuda" by name', make=_on_cpu),
     Replacement(symbol="torch:zeros", why='called with device="cuda" by name', make=_on_cpu),
     Replacement(symbol="torch:ones", why='called with device="cuda" by name', make=_on_cpu),
     Replacement(symbol="torch:empty", why='called with device="cuda" by name, and with pinned memory', make=_on_cpu),
-    Replacement(symbol="torch:Tensor.cuda", why="moves losses and token counts", make=lambda _: lambda tensor, *_v, **_o: tensor),
+    Replacement(symbol="torch:Tensor.cuda", why="moves losses and token counts", make=_always(lambda tensor, *_v, **_o: tensor)),
     Replacement(symbol="torch:Tensor.type", why="optimizers compare it with 'torch.cuda.FloatTensor'", make=_type_with_cuda_name),
     Replacement(
         symbol="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         why="activation recomputation saves the generator's state",
-        make=lambda _: lambda *_v, **_o: torch.get_rng_state(),
+        make=_always(lambda *_v, **_o: torch.get_rng_state()),
     ),
     Replacement(
         symbol="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         why="activation recomputation restores the generator's state",
-        make=lambda _: lambda state, *_v, **_o: torch.set_rng_state(state),
+        make=_always(lambda state, *_v, **_o: torch.set_rng_state(state)),
     ),
     Replacement(
         symbol="megatron.core.tensor_parallel.random:CudaRNGStatesTracker",
@@ -200,18 +240,46 @@ REPLACEMENTS = (
     Replacement(
         symbol="megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
         why="gradients of weights are added up by apex's kernels; without such, each is written and read once more: 1 to 2 % of a step",
-        make=lambda _: _WeightGradients,
+        make=_always(_WeightGradients),
         is_optional=True,
     ),
     Replacement(
         symbol="megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
         why="says that the kernels of the entry before this one are there",
-        make=lambda _: True,
+        make=_always(True),
     ),
     Replacement(
         symbol="megatron.core.tensor_parallel.layers:HAVE_TE",
         why="Transformer Engine's place holder for a gradient that was added up already is on a GPU",
-        make=lambda _: False,
+        make=_always(False),
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:F",
+        why="the gradient of the embedding is as large as its weight, and is zeroed and added: rows are added to the sum instead",
+        make=_FunctionsOnCpu,
+    ),
+    Replacement(
+        symbol="megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        why="rotary positions take nine passes over queries and keys, and as many for gradients, where three do",
+        make=_rotation,
+    ),
+    *(
+        Replacement(
+            symbol=f"megatron.core.transformer.{place}",
+            why="megatron-core's own SwiGLU is compiled at its first use, which takes a compiler and a minute",
+            make=_always(_weighted_swiglu if place.endswith("weighted_bias_swiglu_impl") else _swiglu),
+        )
+        for place in (
+            "mlp:bias_swiglu_impl",
+            "mlp:weighted_bias_swiglu_impl",
+            "moe.experts:weighted_bias_swiglu_impl",
+            "moe.shared_experts:bias_swiglu_impl",
+        )
+    ),
+    Replacement(
+        symbol="megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+        why="gradients are clipped by a copy of each and a copy back",
+        make=_always(_scaled),
     ),
     Replacement(
         symbol="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
@@ -221,9 +289,9 @@ REPLACEMENTS = (
     Replacement(
         symbol="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
         why="Transformer Engine's fused Adam fails on CPU tensors",
-        make=lambda _: True,
+        make=_always(True),
     ),
-    Replacement(symbol="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", why="says that Adam is torch's", make=lambda _: False),
+    Replacement(symbol="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", why="says that Adam is torch's", make=_always(False)),
     Replacement(
         symbol="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
         why="loading a checkpoint asks for 'step', which torch's AdamW keeps among the tensors of its state (KeyError)",
@@ -237,7 +305,7 @@ REPLACEMENTS = (
     Replacement(
         symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:_coalescing_manager",
         why="Megatron-FSDP sends gradients and parameters in groups, whose order streams keep; gloo has threads of its own instead",
-        make=lambda _: _each_at_once,
+        make=_always(_each_at_once),
     ),
     Replacement(
         symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:AllGatherPipeline.async_bucket_gather",

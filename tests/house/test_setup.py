@@ -52,7 +52,7 @@ def test_an_older_python_is_not_taken(project: Path) -> None:
 
 def test_a_machine_with_gpus_is_set_up_for_them_however_many_it_has(project: Path) -> None:
     smi = project / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/bash\nfor ((gpu = 0; gpu < 10000; gpu++)); do echo \"GPU $gpu: a device\"; done\n")  # more than a pipe holds
+    smi.write_text('#!/bin/bash\nfor ((gpu = 0; gpu < 10000; gpu++)); do echo "GPU $gpu: a device"; done\n')  # more than a pipe holds
     smi.chmod(0o755)
     (project / ".venv").mkdir()  # asks for no room on the disk
     done = install(project, PYTHON="/bin/true")
