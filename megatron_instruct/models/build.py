@@ -158,7 +158,7 @@ def make_transformer_config(
         **_NO_DROPOUT,
         **(_CUDA_SETTINGS if _is_fused(machine, options) else _CPU_SETTINGS),
     }
-    if not machine.is_cuda:
+    if not machine.is_cuda:  # where the seam has a SwiGLU that keeps less
         settings["bias_activation_fusion"] = not _OTHER_THAN_SWIGLU & (options.transformer_config or {}).keys()
     if options.fuse_weight_gradients:
         settings["gradient_accumulation_fusion"] = _can_fuse_weight_gradients(machine, options)
@@ -181,7 +181,7 @@ def make_transformer_config(
 
 _NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 _OTHER_THAN_SWIGLU = {"activation_func_clamp_value", "glu_linear_offset"}
-"""What the fused activation, which the seam has on a CPU, knows nothing of."""
+"""Fields of the activation that the seam's knows nothing of."""
 _OF_FAMILIES = ("num_moe_experts", "window_size", "window_attn_skip_freq")
 """What a family has or lacks: decided by the model's settings also where it is left at megatron-core's default."""
 _CPU_SETTINGS: dict[str, Any] = {

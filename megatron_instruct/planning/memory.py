@@ -143,7 +143,7 @@ def layer_activations(shape: Shape, execution: Execution) -> float:
 
 
 def _layer_activations_on_cpu(shape: Shape, execution: Execution, number: int) -> float:
-    """Return the same where nothing is fused (platform/cpu_modules.py, of a dense, gated model on one rank).
+    """Return the same where layers are torch's (platform/cpu_modules.py, of a dense, gated model on one rank).
 
     Each norm keeps its input, and in other precisions than fp32 its result as well, both in fp32; the fused query, key and value stay
     beside the turned queries and keys.

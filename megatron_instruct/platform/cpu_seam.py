@@ -78,30 +78,19 @@ def _cpu_tracker(original: type) -> Any:
     return CpuRNGStatesTracker
 
 
-class _TorchOnCpu:
-    """torch, in which a device that is named after a number is the CPU."""
+class _Variant:
+    """A module in which a few names stand for something else."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, **others: Any) -> None:
         self._original = original
+        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
-    @staticmethod
-    def device(*_: Any, **__: Any) -> torch.device:
-        return _CPU
 
-
-class _FunctionsOnCpu:
-    """torch.nn.functional with another embedding."""
-
-    embedding = staticmethod(look_up)
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+def _with(**others: Any) -> Callable[[Any], Any]:
+    return lambda original: _Variant(original, **others)
 
 
 def _rotation(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -261,7 +250,7 @@ REPLACEMENTS = (
     Replacement(
         symbol="megatron.core.tensor_parallel.layers:F",
         why="the gradient of the embedding is as large as its weight, and is zeroed and added: rows are added to the sum instead",
-        make=_FunctionsOnCpu,
+        make=_with(embedding=look_up),
     ),
     Replacement(
         symbol="megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
@@ -310,7 +299,7 @@ REPLACEMENTS = (
     Replacement(
         symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp:torch",
         why='Megatron-FSDP compares its device with torch.device("cuda:N")',
-        make=_TorchOnCpu,
+        make=_with(device=lambda *_v, **_o: _CPU),
     ),
     Replacement(
         symbol="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:_coalescing_manager",

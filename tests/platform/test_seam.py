@@ -123,3 +123,22 @@ assert weight.grad is None
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_positions_are_megatron_cores_in_either_order(interleaved: bool) -> None:
+    """In a process of its own, since the seam is installed in it."""
+    code = f"""
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron_instruct.platform import cpu_seam
+half = torch.arange(7)[:, None] * torch.logspace(0, -3, 4)
+angles = (half.repeat_interleave(2, dim=-1) if {interleaved} else torch.cat([half, half], dim=-1))[:, None, None]
+queries = torch.randn(7, 2, 3, 8)
+wanted = rope_utils._apply_rotary_pos_emb_bshd(queries, angles, rotary_interleaved={interleaved}, mscale=1.5)
+cpu_seam.install()
+found = rope_utils._apply_rotary_pos_emb_bshd(queries, angles, rotary_interleaved={interleaved}, mscale=1.5)
+torch.testing.assert_close(found, wanted)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
