@@ -12,14 +12,16 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import read_json, write_json
-from megatron_instruct.manifest import FileRecord, records
+from megatron_instruct.manifest import FileRecord, record, records
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share
+from megatron_instruct.threads import in_threads
 
 _BATCH_BYTES = 1 << 28
 """Files are taken in batches of at least so many bytes. What is smaller altogether is read every time, and nothing is kept."""
@@ -44,11 +46,13 @@ def shared_records(files: Sequence[Path], folder: Path, share: Share | None) -> 
     found: dict[int, tuple[FileRecord, ...]] = {}
     with Progress("fingerprint", total=len(files), unit="files") as progress:
         for wait in (False, True):
-            for number in [number for number in order if number not in found]:
-                if (taken := _records_of(batches[number], folder, wait=wait)) is not None:
+            left = [number for number in order if number not in found]
+            work = partial(_records_of, folder=folder, wait=wait)
+            for number, taken in zip(left, in_threads(work, [batches[number] for number in left]), strict=True):
+                if taken is not None:
                     found[number] = taken
                     progress.add(len(taken))
-    return tuple(record for number in range(len(batches)) for record in found[number])
+    return tuple(one for number in range(len(batches)) for one in found[number])
 
 
 def forget(folder: Path) -> None:
@@ -80,7 +84,7 @@ def _batches(files: Sequence[Path]) -> list[list[Path]]:
     return [batch for batch in batches if batch] if len(batches) > 1 else []
 
 
-def _records_of(batch: Sequence[Path], folder: Path, *, wait: bool) -> tuple[FileRecord, ...] | None:
+def _records_of(batch: Sequence[Path], *, folder: Path, wait: bool) -> tuple[FileRecord, ...] | None:
     """Return the records of a batch; None where another run is about to take them, unless this one is to wait."""
     place = folder / f"{hashlib.sha256('\0'.join(map(str, batch)).encode()).hexdigest()[:16]}.json"
     if (kept := _kept(batch, place)) is not None:
@@ -103,7 +107,7 @@ def _kept(batch: Sequence[Path], place: Path) -> tuple[FileRecord, ...] | None:
 
 def _read(batch: Sequence[Path], place: Path) -> tuple[FileRecord, ...]:
     states, began = list(map(_state, batch)), time.time_ns()
-    found = records(batch)
+    found = tuple(map(record, batch))
     if list(map(_state, batch)) == states and all(began - max(changed) > _SETTLED_NANOSECONDS for _, *changed in states):
         write_json(place, {"states": states, "records": list(map(dataclasses.asdict, found))})
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_instruct import __version__
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import LOCK, TEMPORARY_SUFFIX, read_json, sha256_of, write_json
+from megatron_instruct.threads import in_threads
 
 FORMAT = 1
 
@@ -74,7 +75,11 @@ def records(
         found += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     kept = [path for path in found if path.name not in ("manifest.json", LOCK) and not path.name.endswith(TEMPORARY_SUFFIX)]
     known = known or {}
-    return tuple(_named(known[path], path, relative_to) if path in known else record(path, relative_to=relative_to) for path in kept)
+
+    def one(path: Path) -> FileRecord:
+        return _named(known[path], path, relative_to) if path in known else record(path, relative_to=relative_to)
+
+    return tuple(in_threads(one, kept))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ has in its file. A large .jsonl file is cut between lines, a .parquet file betwe
 file of any other kind stays whole, since it can only be read from its start. Small neighbours share a part.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 from megatron_instruct.corpora.formats import format_of
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice, whole_file
 from megatron_instruct.corpora.read import read_slice
+from megatron_instruct.threads import in_threads
 
 __all__ = ["Part", "Slice", "plan_parts", "read_part", "total_lines", "usual_parts"]
-_SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 20, 1 << 26, 64
+_SMALLEST_PART, _LARGEST_PART, _USUAL_PARTS = 1 << 22, 1 << 26, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +74,9 @@ def read_part(part: Part) -> Iterator[Record | BrokenRecord]:
 
 
 def _slices(files: Sequence[Path], part_bytes: int) -> Iterator[Slice]:
-    for path in files:
+    def cut(path: Path) -> list[Slice]:
         form = format_of(path)
         slices = form.cut(path, part_bytes) if form is not None and form.cut is not None else []
-        yield from slices or [whole_file(path)]
+        return slices or [whole_file(path)]
+
+    return itertools.chain.from_iterable(in_threads(cut, files))

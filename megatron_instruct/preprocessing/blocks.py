@@ -25,7 +25,8 @@ from megatron_instruct.records import MShotExample
 from megatron_instruct.templates.rendering import Rendering
 
 _BLOCK_DOCUMENTS = 1 << 14
-_BREAK, _RETURN, _OPEN, _CLOSE = b"\n\r{}"
+_BREAK, _OPEN, _CLOSE = b"\n{}"
+_HIGH_BITS = np.uint64(0x8080808080808080)
 _NOT_DECODED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -97,7 +98,7 @@ class BlockReader:
     def _fast(self, piece: Slice) -> Iterator[Block]:
         number, found = piece.first_line, False
         for content in line_blocks(piece):
-            all_utf8 = content.isascii() or is_utf8(_beside_ascii(content))
+            all_utf8 = content.isascii() or is_utf8(beside_ascii(content))
             block = self._decoded(content, piece.path, number) if all_utf8 else None
             block = block or self._line_by_line(content, piece.path, number, all_utf8=all_utf8)
             found = found or len(block) + len(block.broken) > 0
@@ -208,17 +209,25 @@ def _lines_of_objects(content: bytes) -> int | None:
     It would take an object over two lines, too. But where one line ends with "}" and the next begins with "{", no object goes on: neither
     inside an object nor inside an array does one come right after the other.
     """
-    characters = np.frombuffer(content.removesuffix(b"\n"), dtype=np.uint8)
-    breaks = np.flatnonzero(characters == _BREAK)
-    starts, ends = np.concatenate(([0], breaks + 1)), np.append(breaks, len(characters)) - 1
-    if (ends < starts).any():
-        return None
-    ends -= characters[ends] == _RETURN
-    return len(starts) if (characters[starts] == _OPEN).all() and (characters[ends] == _CLOSE).all() else None
+    if b"\r\n" in content[-2:]:
+        content = content.replace(b"\r\n", b"\n")  # neither JSON nor the bounds of its lines depend on it
+    characters = np.frombuffer(content, dtype=np.uint8)
+    breaks = characters == _BREAK
+    lines = int(np.count_nonzero(breaks)) + (not content.endswith(b"\n"))
+    between_objects = breaks[1:-1]
+    between_objects &= characters[:-2] == _CLOSE
+    between_objects &= characters[2:] == _OPEN
+    all_are = content.startswith(b"{") and content.endswith((b"}", b"}\n")) and np.count_nonzero(between_objects) == lines - 1
+    return lines if all_are else None
 
 
-def _beside_ascii(content: bytes) -> bytes:
-    """Return the characters that are not ASCII, and the byte behind each run of them: enough to tell whether all is UTF-8, and far less."""
-    wanted = np.frombuffer(content, dtype=np.int8) < 0
+def beside_ascii(content: bytes) -> bytes:
+    """Return the eight bytes around each one that is not ASCII, and the eight behind: enough to tell whether all is UTF-8, and far less.
+
+    So a character that goes on in the next eight is whole, and what follows it there is what followed it in the content.
+    """
+    whole = len(content) // 8
+    eights = np.frombuffer(content, dtype=np.uint64, count=whole)
+    wanted = (eights & _HIGH_BITS) != 0
     wanted[1:] |= wanted[:-1]
-    return np.frombuffer(content, dtype=np.uint8)[wanted].tobytes()
+    return b"".join((eights[wanted].data, content[8 * whole :]))

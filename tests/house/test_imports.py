@@ -23,6 +23,7 @@ LAYERS = {
             "files",
             "progress",
             "shares",
+            "threads",
             "fingerprints",
             "cluster",
             "pages",

@@ -18,8 +18,10 @@ import pytest
 import tokenizers
 import zstandard
 
+from megatron_instruct.corpora.lines import is_utf8
 from megatron_instruct.corpora.parts import plan_parts, read_part
 from megatron_instruct.corpora.read import BrokenRecord, Record, find_files, read_records, text_of
+from megatron_instruct.preprocessing.blocks import beside_ascii
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset
 from megatron_instruct.preprocessing.run import run
@@ -163,6 +165,16 @@ def test_no_input_breaks_a_reader_and_seven_parts_give_what_one_gives(inputs: li
         reasons.update(text.reason if isinstance(text, BrokenRecord) else "document" for text in texts)
     assert len(reasons) > 12, f"the inputs reach many branches: {reasons}"
     assert min(reasons["document"], reasons.total() - reasons["document"]) > 1000
+
+
+def test_whether_all_is_utf8_shows_beside_what_is_ascii() -> None:
+    generator = random.Random(8)
+    characters = [b"a", b"\n", *(character.encode() for character in "é漢😀"), b"\xc3", b"\x80", b"\xe6\xbc", b"\xf0\x9f", b"\xff"]
+    weights = [40, 5, 4, 4, 4, *[0.3] * 5]
+    contents = [b"".join(generator.choices(characters, weights, k=generator.randrange(60))) for _ in range(20_000)]
+    valid = [is_utf8(content) for content in contents]
+    assert valid == [is_utf8(beside_ascii(content)) for content in contents]
+    assert 5_000 < sum(valid) < 15_000
 
 
 def test_documents_in_are_documents_out_and_rejects(inputs: list[Path], tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_instruct import fingerprints
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.manifest import records
+from megatron_instruct.manifest import record
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.run import run
 from megatron_instruct.shares import Share, at_work
@@ -56,7 +56,7 @@ def test_a_large_input_is_fingerprinted_once_for_all_shares(
     monkeypatch.setattr(fingerprints, "_BATCH_BYTES", 1)
     monkeypatch.setattr(fingerprints, "_SETTLED_NANOSECONDS", -(10**18))
     read: list[Path] = []
-    monkeypatch.setattr(fingerprints, "records", lambda paths: [read.extend(paths), records(paths)][1])
+    monkeypatch.setattr(fingerprints, "record", lambda path: [read.append(path), record(path)][1])
     shared = tmp_path / "shared" / "a"
     for share in ("0/2", "1/2", None):
         run(PreprocessConfig(output_prefix=shared, share=share, **settings))
