@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from multiprocessing.pool import ThreadPool
 
 _MOST = 16
 """Threads; a disk or a network gives no more to a larger number."""
@@ -15,5 +14,7 @@ def in_threads[T, R](work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     if threads < 2:
         yield from map(work, items)
         return
+    from multiprocessing.pool import ThreadPool  # which workers of a single file do without
+
     with closing(ThreadPool(threads)) as pool:
         yield from pool.imap(work, items, chunksize=1 + len(items) // 1024)

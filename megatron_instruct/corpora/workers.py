@@ -174,8 +174,11 @@ def _start(number: int, module: str) -> _Worker:
     watched, lifeline = os.pipe()
     root = str(Path(megatron_instruct.__file__).resolve().parent.parent)
     code = f"import sys; sys.path.insert(0, {root!r}); import {module}; from {__name__} import work; work({theirs.fileno()}, {watched})"
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}  # one process, one core
     with _interrupts_held():
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched), env=environment
+        )
     theirs.close()
     os.close(watched)
     return _Worker(number, process, ours, lifeline)
@@ -195,7 +198,6 @@ def work(connection_descriptor: int, lifeline: int) -> None:
     """A worker's life: it is given a job, once or again, and does one part after another until it is handed None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     connection: Connection[Any, Any] = Connection(connection_descriptor)
     task: _Work | None = None
     try:

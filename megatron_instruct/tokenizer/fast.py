@@ -17,7 +17,7 @@ from megatron_instruct.errors import ConfigError, MissingPackageError
 from megatron_instruct.tokenizer.fast_engine import NoFastFormError, fast_form
 from megatron_instruct.tokenizer.flat import Ends, FlatTokens, Spelling, token_dtype
 from megatron_instruct.tokenizer.protocol import Tokenizer
-from megatron_instruct.tokenizer.segments import Cuts, SegmentTable, compiled, safe_cuts
+from megatron_instruct.tokenizer.segments import SLOTS, Cuts, SegmentTable, compiled, safe_cuts
 
 _MANY, _SHORT = 1024, 256
 """Texts, and their characters on average: so many so short ones are encoded at once."""
@@ -86,8 +86,8 @@ class FastTokenizer:
     that a worker needs. Of many short texts a batch is faster nevertheless.
     """
 
-    def __init__(self, form: FastForm, load: Callable[[], Any]) -> None:
-        """load: return the tokenizer with its own library; called when it is first needed."""
+    def __init__(self, form: FastForm, load: Callable[[], Any], *, slots: int = SLOTS) -> None:
+        """load: return the tokenizer with its own library; called when it is first needed. slots: of the table of segments."""
         self._form, self._load = form, load
         self._engine, self._encoded = _engine(form.content), 0
         self.kind, self.vocab_size, self.fingerprint = form.kind, form.vocab_size, form.fingerprint
@@ -96,7 +96,7 @@ class FastTokenizer:
         self._segments: SegmentTable | None = None
         library_of_segments = compiled()
         if form.cuts is not None and library_of_segments is not None:
-            self._segments = SegmentTable(library_of_segments, form.cuts, self._encode)
+            self._segments = SegmentTable(library_of_segments, form.cuts, self._encode, slots=slots)
 
     @property
     def lacks_segments(self) -> bool:

@@ -6,7 +6,6 @@ has the highest score (sentencepiece, bpe_model.cc).
 """
 
 import base64
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +91,10 @@ def _merges(pieces: Any) -> list[str]:
     """
     normal = [(piece.piece, piece.score, number) for number, piece in enumerate(pieces) if piece.type == _NORMAL]
     numbers = {piece: number for piece, _, number in normal}
-    merges: list[str] = []
-    for _, wholes in itertools.groupby(sorted(normal, key=_by_score), key=_by_score):
-        ways = [
-            (-cut, cut - len(whole), numbers[left], numbers[right], f"{left} {right}")
-            for whole, _, _ in wholes
-            for cut in range(1, len(whole))
-            if (left := whole[:cut]) in numbers and (right := whole[cut:]) in numbers
-        ]
-        merges += [way for *_, way in sorted(ways)]
-    return merges
-
-
-def _by_score(piece: tuple[str, float, int]) -> float:
-    return -piece[1]
+    ways: list[tuple[float, int, int, int, int, str]] = []
+    for whole, score, _ in normal:
+        for cut in range(1, len(whole)):
+            left = whole[:cut]
+            if left in numbers and (right := whole[cut:]) in numbers:
+                ways.append((-score, -cut, cut - len(whole), numbers[left], numbers[right], f"{left} {right}"))
+    return [way for *_, way in sorted(ways)]

@@ -7,7 +7,6 @@ sample, and of texts that spell the tokenizer's special tokens or hold what toke
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,8 @@ from megatron_instruct.tokenizer.segments import NotApartError
 FastChoice = Literal["auto", "gigatoken", "none"]
 _BATCH_CHARACTERS = 1 << 18
 _SHOWN_IDS = 12
+_SLOTS = 1 << 18
+"""Of the table of segments: a sample has few, and a large table takes as long to come by as the sample to encode."""
 _PROBES = (
     "",
     " ",
@@ -65,13 +66,15 @@ def with_fast_backend(
     try:
         form = FastForm.of(tokenizer)
         to_be_proved(form)
-        fast = FastTokenizer(form, lambda: tokenizer)
+        fast = FastTokenizer(form, lambda: tokenizer, slots=_SLOTS)
         reason = difference(tokenizer, fast, sample)
     except (NoFastFormError, MissingPackageError, NotApartError) as error:
         if choice == "gigatoken" and isinstance(error, MissingPackageError):
             raise
         reason = str(error)
     if reason is None:
+        from importlib import metadata
+
         size = sum(len(text.encode()) for text in sample)
         if fast.lacks_segments:
             report(

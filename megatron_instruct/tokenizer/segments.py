@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatron_instruct.tokenizer.flat import piece_bytes
 
-_SLOTS = 1 << 21
+SLOTS = 1 << 21
 """Of the table, which remembers three quarters as many segments in 64 to 100 MB."""
 _AT_ONCE = 1 << 16
 """Segments that are looked up before their ids are written down."""
@@ -101,7 +101,7 @@ class NotApartError(RuntimeError):
 class SegmentTable:
     """Encodes texts, and remembers what their segments became."""
 
-    def __init__(self, library: ctypes.CDLL, cuts: Cuts, encode: Callable[[str], npt.NDArray[Any]], *, slots: int = _SLOTS) -> None:
+    def __init__(self, library: ctypes.CDLL, cuts: Cuts, encode: Callable[[str], npt.NDArray[Any]], *, slots: int = SLOTS) -> None:
         """encode: a text's ids by the engine. slots: of the table, a power of two, at least 2 ** 16."""
         self._library, self._encode = library, encode
         separator_id = int(encode(chr(cuts.separator))[-1])
