@@ -6,20 +6,23 @@ A write goes to a temporary name in the same folder, is flushed to the disk and 
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.threads import in_threads
 
 TEMPORARY_SUFFIX = ".partial"
 LOCK = "lock"
 """Name of the empty file in a folder that a run holds while it writes there."""
 
+_PIECE_BYTES = 1 << 26
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,13 +107,34 @@ def locked(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def concatenate(sources: Sequence[Path], stream: IO[bytes]) -> None:
-    """Append the content of files to an open one, without reading it."""
-    stream.flush()
+def concatenate(sources: Sequence[Path], target: Path, *, report: Callable[[int], object] = lambda size: None) -> None:
+    """Write the content of files, one after another, to `target`, atomically. report: called with the bytes of each piece that is copied.
+
+    Raises InputError where a file becomes shorter meanwhile.
+    """
+    pieces: list[tuple[Path, int, int, int]] = []
+    end = 0
     for source in sources:
-        with open(source, "rb") as part:
-            while os.sendfile(stream.fileno(), part.fileno(), None, 1 << 30):
-                pass
+        size = source.stat().st_size
+        pieces += [(source, start, min(_PIECE_BYTES, size - start), end + start) for start in range(0, size, _PIECE_BYTES)]
+        end += size
+    with atomic_write(target, "wb") as stream:
+        for copied in in_threads(functools.partial(_copied, target=stream.name), pieces):
+            report(copied)
+
+
+def _copied(piece: tuple[Path, int, int, int], *, target: str) -> int:
+    """Copy bytes [start, start + size) of a file to their place in another; return how many."""
+    path, start, size, place = piece
+    with open(path, "rb") as source, open(target, "r+b") as stream:
+        stream.seek(place)
+        done = 0
+        while done < size:
+            sent = os.sendfile(stream.fileno(), source.fileno(), start + done, size - done)
+            if not sent:
+                raise InputError(f"{path} became shorter while it was read; run the same command again.")
+            done += sent
+    return size
 
 
 def write_json(path: Path, value: Any) -> None:

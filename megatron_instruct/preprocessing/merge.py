@@ -72,8 +72,7 @@ def merge_tokens(folders: Sequence[Path], key: str, prefix: Path, options: Merge
 
 def merge_rejects(folders: Sequence[Path], target: Path) -> None:
     """Write one rejects file from those of the parts."""
-    with atomic_write(target, "wb") as stream:
-        concatenate([folder / REJECTS for folder in folders], stream)
+    concatenate([folder / REJECTS for folder in folders], target)
 
 
 def _complete_roles(folder: Path, key: str, *, ended: bool) -> None:
@@ -84,12 +83,12 @@ def _complete_roles(folder: Path, key: str, *, ended: bool) -> None:
 
 
 def _write(sources: Sequence[Path], target: Path, plan: Layout | None, dtype: np.dtype[Any], *, padding: int) -> None:
+    if plan is None:
+        concatenate(sources, target)
+        return
     with atomic_write(target, "wb") as stream:
-        if plan is None:
-            concatenate(sources, stream)
-        else:
-            for chunk in _chunks(_MappedParts(sources, dtype), plan, padding):
-                stream.write(chunk.data)
+        for chunk in _chunks(_MappedParts(sources, dtype), plan, padding):
+            stream.write(chunk.data)
 
 
 def _chunks(parts: "_MappedParts", plan: Layout, padding: int) -> Iterator[npt.NDArray[Any]]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron_instruct.config import run_tool
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_write, locked
+from megatron_instruct.files import atomic_write, concatenate, locked
 from megatron_instruct.manifest import FileRecord, Manifest, finished, record, records, write_manifest
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
@@ -27,7 +27,6 @@ from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.workspace import take_up
 
 _STAGE = "preprocess"
-_CHUNK_BYTES = 1 << 24
 _MUST_AGREE = ("append_eod", "prepend_bos", "split_sentences", "pack_sequence_length")
 """Settings of preprocessing that say what a sequence and a document of the data set are."""
 
@@ -218,11 +217,11 @@ def _merge(
     counts = _counts(sources)
     total = sum(file.bytes for file in inputs if not file.path.endswith(".idx"))
     with Progress("merge", total=total, unit="bytes") as progress:
-        _concatenate([bin_file(source.prefix) for source in sources], bin_file(prefix), progress)
+        concatenate([bin_file(source.prefix) for source in sources], bin_file(prefix), report=progress.add)
         if sources[0].has_roles:
-            _concatenate([roles_file(source.prefix) for source in sources], roles_file(prefix), progress)
+            concatenate([roles_file(source.prefix) for source in sources], roles_file(prefix), report=progress.add)
     rejects = [_rejects_file(source.prefix) for source in sources]
-    _concatenate([file for file in rejects if file.is_file()], _rejects_file(prefix), None)
+    concatenate([file for file in rejects if file.is_file()], _rejects_file(prefix))
     with atomic_write(idx_file(prefix), "wb") as stream:
         _write_index(stream, [source.dataset for source in sources], dtype)
     wanted = Wanted(
@@ -265,16 +264,6 @@ def _counts(sources: Sequence[_Source]) -> dict[str, int]:
 
 def _rejects_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".rejects.jsonl")
-
-
-def _concatenate(files: Sequence[Path], target: Path, progress: Progress | None) -> None:
-    with atomic_write(target, "wb") as stream:
-        for file in files:
-            with open(file, "rb") as source:
-                while chunk := source.read(_CHUNK_BYTES):
-                    stream.write(chunk)
-                    if progress is not None:
-                        progress.add(len(chunk))
 
 
 def _write_index(stream: IO[bytes], datasets: Sequence[IndexedDataset], dtype: np.dtype[Any]) -> None:

@@ -6,6 +6,7 @@ that would be counted as this process's own, but for the index. Does not know: w
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,16 @@ def scan_tokens(dataset: IndexedDataset, *, eod: int | None) -> TokenScan:
     smallest: int | None = None
     largest: int | None = None
     ends = _DocumentEnds(dataset) if eod is not None else None
-    for tokens in pieces_of(bin_file(dataset.prefix), dataset.dtype):
-        digest.update(tokens.data)
-        low, high = int(tokens.min()), int(tokens.max())
-        smallest = low if smallest is None else min(smallest, low)
-        largest = high if largest is None else max(largest, high)
-        if ends is not None:
-            ended += int((tokens[ends.up_to(offset + len(tokens)) - 1 - offset] == eod).sum())
-        offset += len(tokens)
+    with ThreadPoolExecutor(1) as pool:  # SHA-256 takes as long as all the rest
+        for tokens in pieces_of(bin_file(dataset.prefix), dataset.dtype):
+            digested = pool.submit(digest.update, tokens.data)
+            low, high = int(tokens.min()), int(tokens.max())
+            smallest = low if smallest is None else min(smallest, low)
+            largest = high if largest is None else max(largest, high)
+            if ends is not None:
+                ended += int((tokens[ends.up_to(offset + len(tokens)) - 1 - offset] == eod).sum())
+            offset += len(tokens)
+            digested.result()  # before the buffer is filled anew
     return TokenScan(
         tokens=offset, smallest=smallest, largest=largest, ended=ended if ends is not None else None, sha256=digest.hexdigest()
     )

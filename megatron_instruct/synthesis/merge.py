@@ -5,13 +5,12 @@ again, it begins from the shards. Does not know: engines, prompts.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_instruct.files import atomic_write
+from megatron_instruct.files import concatenate
 from megatron_instruct.progress import Progress
 from megatron_instruct.records import MShotExample
 from megatron_instruct.synthesis.filter_settings import FilterSettings
@@ -45,8 +44,8 @@ def merge_shards(shards: Sequence[Path], output_dir: Path, *, intake: Path, scra
         counts = Counter({**counts, **left.counts})
         rejected.update(left.rejected)
         examples, rejects = [scratch / f"sifted-{EXAMPLES}"], [*rejects, scratch / f"sifted-{REJECTS}"]
-    _concatenate(examples, output_dir / EXAMPLES)
-    _concatenate(rejects, output_dir / REJECTS)
+    concatenate(examples, output_dir / EXAMPLES)
+    concatenate(rejects, output_dir / REJECTS)
     return Merged(counts=counts, rejected=rejected)
 
 
@@ -75,10 +74,3 @@ def _read(parts: Sequence[Path]) -> Iterator[MShotExample]:
         with open(part, encoding="utf-8") as stream:
             for line in stream:
                 yield MShotExample.from_json(json.loads(line), where=str(part))
-
-
-def _concatenate(parts: Sequence[Path], target: Path) -> None:
-    with atomic_write(target, "wb") as out:
-        for part in parts:
-            with open(part, "rb") as stream:
-                shutil.copyfileobj(stream, out)

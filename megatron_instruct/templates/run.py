@@ -20,7 +20,7 @@ from megatron_instruct.corpora.parts import total_lines, usual_parts
 from megatron_instruct.corpora.read import find_files
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import LOCK, atomic_write, concatenate, locked
+from megatron_instruct.files import LOCK, concatenate, locked
 from megatron_instruct.fingerprints import require_unchanged, states_of
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
 from megatron_instruct.progress import Progress
@@ -94,8 +94,7 @@ def _put_together(
     if not counts["documents"]:
         raise InputError(f"no example could be rendered from {', '.join(config.input)}: {_reasons(rejected)}.")
     for name in (AUGMENTED, REJECTS):
-        with atomic_write(config.output_dir / name, "wb") as stream:
-            concatenate([folder / name for folder in folders], stream)
+        concatenate([folder / name for folder in folders], config.output_dir / name)
     outputs = records([config.output_dir / AUGMENTED, config.output_dir / REJECTS], relative_to=config.output_dir)
     return Manifest(
         stage=STAGE,

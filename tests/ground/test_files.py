@@ -13,7 +13,7 @@ import pytest
 
 from megatron_instruct import files
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, locked, read_json, sha256_of, write_json
+from megatron_instruct.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, concatenate, locked, read_json, sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
@@ -162,3 +162,29 @@ def test_a_folder_is_held_by_one_run_at_a_time_and_free_after_a_kill(tmp_path: P
     start_and_kill("locked(path)", "pass", tmp_path / "out")
     with locked(tmp_path / "out"):
         pass
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_files_are_put_together_in_order_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(files, "_PIECE_BYTES", 7)
+    contents = [bytes(range(size)) for size in (20, 0, 7, 1, 200)]
+    sources = [tmp_path / str(number) for number in range(len(contents))]
+    for source, content in zip(sources, contents, strict=True):
+        source.write_bytes(content)
+    copied: list[int] = []
+    concatenate(sources, tmp_path / "whole", report=copied.append)
+    assert (tmp_path / "whole").read_bytes() == b"".join(contents)
+    assert sum(copied) == 228
+    concatenate([], tmp_path / "nothing")
+    assert (tmp_path / "nothing").read_bytes() == b""
+
+
+def test_a_file_that_becomes_shorter_while_files_are_put_together_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    with pytest.raises(InputError, match="second became shorter while it was read"):
+        concatenate([first, second], tmp_path / "whole", report=lambda _: os.truncate(second, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
