@@ -133,9 +133,10 @@ def finished(path: Path, *, stage: str, settings: Mapping[str, Any], inputs: Ite
                 f"{path.parent} holds a result made with {name}={old!r}, and this run asks for {name}={new!r}; "
                 f"choose another output or remove {path}."
             )
-    before = sorted((item.bytes, item.sha256) for item in manifest.inputs)
-    if before != sorted((item.bytes, item.sha256) for item in inputs):
-        raise ConfigError(f"{path.parent} holds a result made from other inputs; choose another output or remove {path}.")
+    before, now = ([(item.bytes, item.sha256) for item in of_one] for of_one in (manifest.inputs, inputs))
+    if before != now:
+        what = "the same inputs in another order" if sorted(before) == sorted(now) else "other inputs"
+        raise ConfigError(f"{path.parent} holds a result made from {what}; choose another output or remove {path}.")
     return manifest
 
 

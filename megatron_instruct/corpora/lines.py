@@ -13,6 +13,7 @@ from typing import IO
 import msgspec
 
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice
+from megatron_instruct.errors import InputError
 
 BLOCK_BYTES = _CHUNK = 1 << 20
 _BUFFER = 1 << 18
@@ -61,16 +62,23 @@ def read_lines(piece: Slice) -> Iterator[Record | BrokenRecord]:
     """Read a .jsonl file, or bytes [start, end) of one."""
     with open(piece.path, "rb", buffering=_BUFFER) as stream:
         stream.seek(piece.start)
-        lines = stream if piece.whole else _lines_before(stream, piece.end - piece.start)
+        lines = stream if piece.whole else _lines_before(stream, piece)
         yield from json_lines(lines, piece.path, first_line=piece.first_line)
 
 
-def _lines_before(stream: IO[bytes], remaining: int) -> Iterator[bytes]:
+def _lines_before(stream: IO[bytes], piece: Slice) -> Iterator[bytes]:
+    left = piece.end - piece.start
     for line in stream:
         yield line
-        remaining -= len(line)
-        if remaining <= 0:
+        left -= len(line)
+        if left <= 0:
             return
+    if left > 0:
+        raise _shorter(piece)
+
+
+def _shorter(piece: Slice) -> InputError:
+    return InputError(f"{piece.path} became shorter while it was read: {piece} is not all there; run the same command again.")
 
 
 def line_blocks(piece: Slice) -> Iterator[bytes]:
@@ -78,7 +86,10 @@ def line_blocks(piece: Slice) -> Iterator[bytes]:
     left = piece.end - piece.start
     with open(piece.path, "rb") as stream:
         stream.seek(piece.start)
-        while left > 0 and (content := stream.read(min(BLOCK_BYTES, left))):
+        while left > 0:
+            content = stream.read(min(BLOCK_BYTES, left))
+            if not content:
+                raise _shorter(piece)
             if not content.endswith(b"\n"):
                 content += stream.readline()
             left -= len(content)

@@ -177,7 +177,7 @@ def _start(number: int, module: str) -> _Worker:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}  # one process, one core
     with _interrupts_held():
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched), env=environment
+            [sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched), env=environment
         )
     theirs.close()
     os.close(watched)

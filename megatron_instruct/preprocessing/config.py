@@ -9,7 +9,7 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.shares import parse_share
 from megatron_instruct.tokenizer.fast_proof import FastChoice
 
-TokenizerType = Literal["HuggingFaceTokenizer", "GPTSentencePieceTokenizer"]
+TokenizerType = Literal["HuggingFaceTokenizer", "GPTSentencePieceTokenizer", "TikTokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class PreprocessConfig:
     output_prefix: Path
     """Path and beginning of the names of the output files."""
     tokenizer_model: Path
-    """Tokenizer: a Hugging Face folder with tokenizer.json, or a sentencepiece .model file."""
+    """Tokenizer: a Hugging Face folder with tokenizer.json, a sentencepiece .model file, or a tiktoken or tekken file."""
     tokenizer_type: TokenizerType | None = None
     """Kind that tokenizer_model must be (default: whichever it is)."""
     fast_tokenizer: FastChoice = "auto"

@@ -38,6 +38,8 @@ class InspectConfig:
             raise ConfigError("data_path is empty; give the prefix of at least one data set.")
         if (self.show or self.documents) and self.tokenizer_model is None:
             raise ConfigError("printing documents needs tokenizer_model; give the tokenizer that made the data.")
+        if (self.show or self.documents) and self.json:
+            raise ConfigError("json prints what was found for programs, and no documents; leave out show and documents, or json.")
         if self.show < 0 or min(self.documents, default=0) < 0:
             raise ConfigError(f"show={self.show} and documents={self.documents} must not be negative; documents count from 0.")
 
@@ -69,7 +71,7 @@ def run(config: InspectConfig) -> None:
         if not config.json:
             _print(report)
             if tokenizer is not None and not report.faults:
-                _show(prefix, [*range(config.show), *config.documents], tokenizer)
+                _show(prefix, config, tokenizer)
     if config.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports]))
     faulty = [f"{report.data_set} ({len(report.faults)})" for report in reports if report.faults]
@@ -138,13 +140,13 @@ def _print(report: Report) -> None:
         print("  OK" if report.rejected is not None else "  OK, as far as files without a manifest can be checked")
 
 
-def _show(prefix: Path, numbers: Sequence[int], tokenizer: Tokenizer) -> None:
+def _show(prefix: Path, config: InspectConfig, tokenizer: Tokenizer) -> None:
     count = len(IndexedDataset(prefix))
-    for number in numbers:
+    for number in (*range(min(config.show, count)), *config.documents):
         if number >= count:
             print(f"--- there is no document {number}; the data set has {count:,}")
-            break
-        print(decoded(prefix, number, tokenizer, colour=sys.stdout.isatty()))
+        else:
+            print(decoded(prefix, number, tokenizer, colour=sys.stdout.isatty()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,6 +94,7 @@ def _write(sources: Sequence[Path], target: Path, plan: Layout | None, dtype: np
 def _chunks(parts: "_MappedParts", plan: Layout, padding: int) -> Iterator[npt.NDArray[Any]]:
     """Yield the tokens of a data set in the order of its layout, about a million at a time, never a piece divided."""
     bounds = np.unique(np.searchsorted(plan.targets, np.arange(0, plan.tokens, _CHUNK_TOKENS)))
+    bounds = bounds[bounds < len(plan.targets)]  # the last piece may be longer than a chunk
     ends = [*plan.targets[bounds[1:]].tolist(), plan.tokens]
     for number, (first, last, end) in enumerate(zip(bounds, [*bounds[1:], len(plan.targets)], ends, strict=True)):
         start = int(plan.targets[first])

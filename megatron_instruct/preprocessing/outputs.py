@@ -95,7 +95,10 @@ def _total(summaries: Sequence[PartSummary]) -> PartSummary:
 
 
 def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
+    total = Counter[str]()
+    for one in counts:
+        total.update(one)  # which keeps what is 0, unlike a sum of counters
+    return dict(sorted(total.items()))
 
 
 def _manifest(total: PartSummary, wanted: Wanted, origin: Origin, outputs: tuple[FileRecord, ...], facts: Mapping[str, Any]) -> Manifest:

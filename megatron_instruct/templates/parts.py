@@ -153,8 +153,9 @@ class _Writer:
                 return rendering, _line(rendering.document.to_json()), list(map(_line, rows))
             except UnicodeEncodeError:
                 pass  # said in words below
-        of_others = "lone surrogate", "half of a surrogate pair in an id or in what is known of a pair"
-        return read.broken(*(fault_of(rendering) or of_others))
+        fault = fault_of(rendering)
+        assert fault is not None, "what cannot be encoded has a fault"
+        return read.broken(*fault)
 
     def _reject_example(self, broken: BrokenRecord) -> None:
         if self._job.on_error == "stop":

@@ -83,14 +83,16 @@ def render(example: MShotExample, bank: Bank, *, seed: int) -> Rendering:
 
 def fault_of(rendering: Rendering) -> tuple[str, str] | None:
     """Return reason and detail of why no file may hold what was rendered, or what was left out of it; None where it may."""
-    text = rendering.document.text
-    if "\0" in text:
-        return "NUL character", f"a text of the example holds a NUL; it would be character {text.index(chr(0))} of the document"
-    try:
-        for one in (text, *(json.dumps(one.pair.to_json(), ensure_ascii=False) for one in rendering.set_aside)):
-            one.encode()
-    except UnicodeEncodeError as error:
-        return "lone surrogate", f"half of a surrogate pair, which is no text ({error.reason})"
+    document = rendering.document
+    if "\0" in document.text:
+        return "NUL character", f"a text of the example holds a NUL; it would be character {document.text.index(chr(0))} of the document"
+    others = [document.id, document.provenance]
+    pairs = [one.pair.to_json() for one in rendering.set_aside]
+    for what, value in (("its text", document.text), ("an id or what is known of a pair", others), ("a pair", pairs)):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return "lone surrogate", f"half of a surrogate pair, which is no text, in {what} ({error.reason})"
     return None
 
 

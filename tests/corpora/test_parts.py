@@ -1,14 +1,17 @@
 """A corpus cut into parts: every record once, with its place, however it is cut."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_instruct.corpora.parts import plan_parts, read_part
+from megatron_instruct.corpora.lines import line_blocks
+from megatron_instruct.corpora.parts import Part, plan_parts, read_part
 from megatron_instruct.corpora.read import BrokenRecord, read_records
+from megatron_instruct.errors import InputError
 
 ROWS = [{"id": str(number), "text": f"Entry {number}: a ‘kludge’ 漢字.\n" * (number % 7 + 1)} for number in range(500)]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -55,3 +58,14 @@ def test_a_file_of_blank_lines_is_noticed_however_it_is_cut(tmp_path: Path) -> N
     path.write_bytes(b"\n \r\n" * 100)
     items = [item for part in plan_parts([path], part_bytes=10) for item in read_part(part)]
     assert [item.reason for item in items if isinstance(item, BrokenRecord)] == ["empty file"]
+
+
+@pytest.mark.parametrize("read", [lambda part: list(read_part(part)), lambda part: list(line_blocks(part.slices[0]))])
+def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path, read: Callable[[Part], object]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a line"}\n' * 100)
+    parts = plan_parts([path], part_bytes=500)
+    read(parts[-1])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"a\.jsonl became shorter while it was read: .* lines \d+ to 100 is not all there"):
+        read(parts[-1])

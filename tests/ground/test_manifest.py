@@ -93,6 +93,17 @@ def test_other_inputs_are_refused(place: Path, source: Path) -> None:
         finished(place, stage="render", settings=SETTINGS, inputs=())
 
 
+def test_the_same_inputs_in_another_order_are_another_result(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("a")
+    second.write_text("b")
+    place = tmp_path / "manifest.json"
+    write_manifest(place, Manifest(stage="render", settings=SETTINGS, inputs=records([first, second])))
+    assert finished(place, stage="render", settings=SETTINGS, inputs=records([first, second])) is not None
+    with pytest.raises(ConfigError, match="made from the same inputs in another order; choose another output or remove"):
+        finished(place, stage="render", settings=SETTINGS, inputs=records([second, first]))
+
+
 def test_the_result_of_another_stage_is_refused(place: Path) -> None:
     with pytest.raises(InputError, match=r"written by the stage 'render'; a result of 'synthesize' is needed here"):
         read_manifest(place, stage="synthesize")

@@ -133,6 +133,18 @@ def test_rendering_and_preprocessing_run_where_torch_is_missing(tmp_path: Path, 
     assert (tmp_path / "data" / "a_text_document.bin").stat().st_size > 0
 
 
+def test_workers_take_no_modules_from_the_folder_they_are_started_in(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
+    for name in ("numpy", "random", "msgspec"):
+        (tmp_path / f"{name}.py").write_text('raise RuntimeError("a script of the user")\n')
+    monkeypatch.chdir(tmp_path)
+    files = ("--input", "a.jsonl", "--output-prefix", "data/a", "--tokenizer-model", tokenizer_folder)
+    done = python(ROOT / "tools" / "preprocess_data.py", *files, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_installed_command_has_its_function() -> None:
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     tools = dict(re.findall(r'^    "(\w+)": "([\w.]+)",$', text, flags=re.MULTILINE))

@@ -72,6 +72,21 @@ def test_documents_are_shown_with_their_roles(with_roles: Path, tokenizer_folder
     assert "roles of tokens: context " in out
 
 
+def test_documents_that_are_not_there_are_said_to_be_missing_one_by_one(
+    with_roles: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    flags = ["--data-path", str(with_roles), "--tokenizer-model", str(tokenizer_folder)]
+    assert main([*flags, "--show", "9", "--documents", "7", "1", "3"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "there is no document" in line] == [
+        f"--- there is no document {number}; the data set has 3" for number in (7, 3)
+    ]
+    assert out.count("[end_of_document]") == 4
+    assert main([*flags, "--json", "--show", "1"]) == 2
+    assert "json prints what was found for programs, and no documents" in capsys.readouterr().err
+
+
 def test_findings_as_json(with_roles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["--data-path", str(with_roles), "--json"]) == 0

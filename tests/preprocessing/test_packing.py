@@ -13,6 +13,7 @@ import pytest
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.manifest import Manifest
+from megatron_instruct.preprocessing import merge
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset
 from megatron_instruct.preprocessing.layout import shuffled
 from megatron_instruct.preprocessing.packing import pack
@@ -135,6 +136,24 @@ def test_order_and_packs_depend_neither_on_workers_nor_on_parts(
     preprocess(inputs, tmp_path / "one" / "a", tokenizer_folder, append_eod=True, partitions=1, **settings)
     preprocess(inputs, tmp_path / "many" / "a", tokenizer_folder, append_eod=True, partitions=13, workers=2, **settings)
     assert outputs(tmp_path / "one") == outputs(tmp_path / "many")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000, 10**6])
+@pytest.mark.parametrize("settings", [{"shuffle_seed": 5}, {"pack_sequence_length": 40}, {"shuffle_seed": 6, "pack_sequence_length": 500}])
+def test_the_result_does_not_depend_on_how_much_is_moved_at_once(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer_folder: Path,
+    preprocess: Preprocess,
+    outputs: Outputs,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    chunk: int,
+) -> None:
+    preprocess(corpus, tmp_path / "usual" / "a", tokenizer_folder, append_eod=True, **settings)
+    monkeypatch.setattr(merge, "_CHUNK_TOKENS", chunk)
+    preprocess(corpus, tmp_path / "other" / "a", tokenizer_folder, append_eod=True, **settings)
+    assert outputs(tmp_path / "usual") == outputs(tmp_path / "other")
 
 
 def test_shuffling_moves_whole_documents_with_their_roles_and_keeps_keys_together(

@@ -218,3 +218,20 @@ def test_a_plain_document_may_have_keys_that_only_look_like_roles(tmp_path: Path
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert preprocess(tmp_path / "c.jsonl", tmp_path / "a", tokenizer_folder)["text"].counts["documents"] == 3
     assert not (tmp_path / "a_text_document.roles").exists()
+
+
+def test_an_example_without_pairs_is_a_raw_text_and_counted(tmp_path: Path, tokenizer_folder: Path, preprocess: Preprocess) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "shots": [{"id": "a", "text": "Alone.", "pairs": []}]}) + "\n")
+    counts = preprocess(tmp_path / "a.jsonl", tmp_path / "out" / "a", tokenizer_folder)["text"].counts
+    assert (counts["examples"], counts["pairs_rendered"], counts["pairs_set_aside"], counts["documents"]) == (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("key", ["id", "provenance"])
+def test_half_a_surrogate_beside_the_texts_is_a_fault_as_in_rendering(
+    tmp_path: Path, tokenizer_folder: Path, preprocess: Preprocess, key: str
+) -> None:
+    pair = {"question": "Q?", "answer": "A.", "provenance": {"round": "\udc80" if key == "provenance" else "1"}}
+    line = {"id": "\udc80" if key == "id" else "a", "shots": [{"id": "a", "text": "Some text.", "pairs": [pair]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="lone surrogate: half of a surrogate pair, which is no text, in an id or what is known of a pair"):
+        preprocess(tmp_path / "a.jsonl", tmp_path / "out" / "a", tokenizer_folder)
