@@ -23,6 +23,7 @@ from megatron_instruct.errors import TrainingError
 from megatron_instruct.files import read_json, write_json
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.random_streams import random_states, set_random_states
+from megatron_instruct.training.expert_losses import expert_losses, restore_expert_losses
 from megatron_instruct.training.first_fault import Fault, Faults
 from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.pieces import pieces
@@ -225,6 +226,7 @@ class Steps:
         """Return what a step changes besides weights and optimizer: random streams, and what the router of experts counts."""
         return {
             "random": random_states(),
+            "expert_losses": expert_losses(),
             "buffers": [
                 [buffer.clone() for buffer in model.buffers()] if model.config.num_moe_experts else [] for model in self._of.models
             ],
@@ -232,6 +234,7 @@ class Steps:
 
     def _restore(self, state: dict[str, Any]) -> None:
         set_random_states(state["random"])
+        restore_expert_losses(state["expert_losses"])
         for model, buffers in zip(self._of.models, state["buffers"], strict=True):
             for buffer, kept in zip(model.buffers() if buffers else (), buffers, strict=True):
                 buffer.copy_(kept)

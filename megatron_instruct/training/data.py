@@ -135,6 +135,8 @@ def _validation_size(config: PretrainConfig) -> int:
 
 def _as_megatron(config: PretrainConfig, sources: DataSources, folder: Path, sizes: list[int]) -> tuple[Any, Any]:
     settings = _settings(config, sources, folder)
+    if settings.split_matrix is not None:  # megatron-core builds every share, and never ends where a data set has no token in one
+        settings.split_matrix = [share if size else None for share, size in zip(settings.split_matrix, sizes, strict=True)]
     train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
     return train, valid
 

@@ -128,7 +128,7 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
         vocab_divisor=config.model.make_vocab_size_divisible_by,
     )
     estimate = Estimate(shape_of(architecture), execution, gpu, load_constants())
-    tokens = config.batch.train_iters * estimate.tokens_per_step
+    tokens = config.batch.samples_before(config.batch.train_iters) * config.batch.seq_length
     missing = [] if estimate.fits else [f"It does not fit: {estimate.missing_bytes / GIB:,.1f} GiB are missing on the fullest GPU."]
     muon = ["Muon keeps one moment of the matrices inside layers; the estimate counts AdamW's two."] if config.optimizer.is_muon else []
     sharded = (

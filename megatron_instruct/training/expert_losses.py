@@ -27,3 +27,14 @@ def mean_expert_losses(*, layers: int, microbatches: int) -> dict[str, float]:
         found["router_z_loss" if name == "z_loss" else name] = float(total) / layers / microbatches
     tracker.clear()
     return found
+
+
+def expert_losses() -> dict[str, torch.Tensor]:
+    """Return what was collected since the last call of mean_expert_losses."""
+    return {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
+
+
+def restore_expert_losses(kept: dict[str, torch.Tensor]) -> None:
+    """Forget what was collected since expert_losses returned `kept`."""
+    for name, entry in get_moe_metrics_tracker().metrics.items():
+        entry.values.copy_(kept[name]) if name in kept else entry.values.zero_()

@@ -21,7 +21,8 @@ class Ledger:
         import torch.distributed  # here, so that a page of runs is made without it
 
         self._path = folder / LEDGER_FILE
-        self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        same = {**identity, "phases": None}  # which may change before they begin
+        self._run = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         self._first = torch.distributed.get_rank() == 0
         read: list[Any] = [_read(self._path) if self._first else None]
         torch.distributed.broadcast_object_list(read, src=0)

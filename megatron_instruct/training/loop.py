@@ -137,7 +137,6 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
         set_rate(run.optimizer.param_groups, own_rate(phases, iteration), highest=run.config.batch.lr)
         lr = run.optimizer.param_groups[0]["lr"]
         shape = _shape(run, plan.num_microbatches_of(iteration))
-        microbatches += shape.num_microbatches
         outcome = steps.step(iteration, data, shape, requests.code)
         run.scheduler.step(increment=plan.global_batch_size)
         if outcome.checkpoint is not None:
@@ -146,6 +145,7 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
             metrics.restart_clock(iteration)
         if outcome.result is not None:
             losses.append(outcome.result.loss)
+            microbatches += shape.num_microbatches
             overflows_in_a_row = overflows_in_a_row + 1 if outcome.result.overflowed else 0
             check_overflows(overflows_in_a_row, outcome.result)
             grad_norm = grad_norm if outcome.result.grad_norm is None else outcome.result.grad_norm

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -181,7 +182,7 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         peak_memory=functools.partial(device.peak_memory, machine),
     )
     if first:
-        _keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer")
+        keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer", resumes=start.resumes)
         for reason in start.passed_over:
             print(f"passed over: {reason}", flush=True)
         origin = "from scratch" if start.path is None else f"{'resumes' if start.resumes else 'weights'} from {start.path}"
@@ -227,10 +228,12 @@ def _leave(own_group: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _keep_tokenizer(source: Path, target: Path) -> None:
+def keep_tokenizer(source: Path, target: Path, *, resumes: bool) -> None:
     """Carry the tokenizer's files with the checkpoints, for the export."""
     from megatron_instruct.tokenizer import copy_tokenizer
 
+    if target.exists() and not resumes and not source.resolve().is_relative_to(target.resolve()):
+        shutil.rmtree(target)  # that of a start that ended before its first checkpoint
     if not target.exists():
         with atomic_folder(target) as folder:
             copy_tokenizer(source, folder)

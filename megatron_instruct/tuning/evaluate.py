@@ -78,16 +78,13 @@ def run(config: EvaluateConfig) -> Manifest:
 def _read(name: str, folder: Path) -> _Run:
     """Read an output folder of synthesis. Raises InputError where it was not made as this evaluation needs."""
     manifest = read_manifest(folder / "manifest.json", stage="synthesize")
-    if manifest.settings.get("filters") != ["grounding"]:
-        raise InputError(
-            f"{folder} was made with filters={manifest.settings.get('filters')}; the evaluation needs --filters grounding alone."
-        )
     if len(manifest.inputs) != 1:
         raise InputError(f"{folder} was made from {len(manifest.inputs)} files; the evaluation needs one texts.jsonl.")
     source = Path(manifest.inputs[0].path)
     questions = read_manifest(source.parent / "manifest.json", stage=QUESTIONS)
     if record(source).sha256 != manifest.inputs[0].sha256:
         raise InputError(f"{source} was changed since {folder} was made from it; run synthesize.py again.")
+    _check_settings(folder, manifest, rounds=questions.facts["rounds"])
     texts = {line["id"]: line for line in _lines(source) if "gold" in line}
     files = (record(source), record(folder / "examples.jsonl"), record(folder / "rejects.jsonl"))
     one = _Run(name=name, shots=questions.settings["shots"], inputs=files, texts=texts)
@@ -103,9 +100,20 @@ def _read(name: str, folder: Path) -> _Run:
             if line["where"] == "filter":
                 question, _, answer = line["content"].partition("\n")
                 text.ungrounded.append((question, answer))
-            else:
+            elif line["where"] == "completion":
                 text.unparsed += 1
     return one
+
+
+def _check_settings(folder: Path, manifest: Manifest, *, rounds: int) -> None:
+    """Raise InputError where synthesis was not asked for what is measured. rounds: as many as show all shots to each text."""
+    wanted = {"filters": ["grounding"], "rounds": rounds, "question_key": "question", "pairs_key": "pairs", "limit": None}
+    for name, value in wanted.items():
+        if (found := manifest.settings.get(name)) != value:
+            raise InputError(f"{folder} was made with {name}={found!r}, and the evaluation needs {value!r}; run synthesize.py again so.")
+    if (split := manifest.counts["records_split"]) or (left_out := manifest.rejected.get("text too long", 0)):
+        what = f"{split} contexts were split" if split else f"{left_out} contexts were left out"
+        raise InputError(f"{folder}: {what}, being too long for the model; run synthesize.py with a larger --max-model-len.")
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:

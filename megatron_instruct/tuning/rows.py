@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_instruct.corpora.read import BrokenRecord, Record, read_records, text_of
 from megatron_instruct.errors import InputError
+from megatron_instruct.files import distinct_endings
 
 CONTEXT, PAIRS, QUESTION, ANSWER, NAME = "context", "QA_list", "Q", "A", "rc_name"
 
@@ -21,7 +22,7 @@ class TaskRow:
     """A context and the pairs that go with it."""
 
     id: str
-    """The data set's name, the file's and the line: "squad/00000.jsonl:17"."""
+    """The data set's name, the file's and the line: "squad/00000.jsonl:17". Files of one name bear folders that tell them apart, too."""
     data_set: str
     context: str
     pairs: tuple[tuple[str, str], ...]
@@ -30,9 +31,9 @@ class TaskRow:
 
 def read_rows(files: Sequence[Path], *, on_error: str) -> Iterator[TaskRow | BrokenRecord]:
     """Yield the rows of files in order; raises InputError with file and line for a broken one unless on_error is "reject"."""
-    for file in files:
+    for file, file_name in zip(files, distinct_endings(files) or [file.name for file in files], strict=True):
         for record in read_records(file):
-            row = task_row(record) if isinstance(record, Record) else record
+            row = _task_row(record, file_name) if isinstance(record, Record) else record
             if isinstance(row, BrokenRecord) and on_error == "stop":
                 raise InputError(
                     f"{row.where}: {row.reason}: {row.detail}; mend the file, or pass --on-error reject to set such rows aside."
@@ -40,12 +41,12 @@ def read_rows(files: Sequence[Path], *, on_error: str) -> Iterator[TaskRow | Bro
             yield row
 
 
-def task_row(record: Record) -> TaskRow | BrokenRecord:
+def _task_row(record: Record, file_name: str) -> TaskRow | BrokenRecord:
     """Take a row out of an object. A row without a data set's name belongs to one named like its file."""
     context = text_of(record, CONTEXT)
     if isinstance(context, BrokenRecord):
         return context
-    name = record.value.get(NAME) or record.path.name.split(".")[0]
+    name = record.value.get(NAME) or file_name[: -len(record.path.name)] + record.path.name.split(".")[0]
     if not isinstance(name, str):
         return record.broken("name is no string", f"{NAME!r} is {name!r}")
     listed = record.value.get(PAIRS)
@@ -59,7 +60,7 @@ def task_row(record: Record) -> TaskRow | BrokenRecord:
         if pair is None:
             return record.broken("broken pair", f"pair {number} is {one!r}; {QUESTION!r} and {ANSWER!r} must be strings")
         pairs.append(pair)
-    return TaskRow(id=f"{name}/{record.path.name}:{record.line}", data_set=name, context=context, pairs=tuple(pairs))
+    return TaskRow(id=f"{name}/{file_name}:{record.line}", data_set=name, context=context, pairs=tuple(pairs))
 
 
 def _pair(value: Any) -> tuple[str, str] | None:

@@ -14,6 +14,7 @@ from megatron_instruct.manifest import read_manifest, write_manifest
 from megatron_instruct.models.checkpoint_folder import damage, read_description, sealed
 from megatron_instruct.training.checkpoint_choice import newest_candidate
 from megatron_instruct.training.checkpoint_retention import delete, delete_expendable, expendable
+from megatron_instruct.training.run import keep_tokenizer
 
 from .test_bad_input import start
 
@@ -164,3 +165,21 @@ def test_deletion_takes_whole_folders_and_finishes_what_a_killed_process_left(sa
 def test_only_what_is_saved_can_be_retained(flags: Flags, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"save_retain_interval=15 must be a multiple of save_interval=10"):
         start(flags(tmp_path / "save", "--save-retain-interval", 15))
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_the_tokenizer_of_a_start_without_checkpoint_gives_way_to_that_of_the_next(
+    tokenizer_folder: Path, tmp_path: Path, resumes: bool
+) -> None:
+    """A run that goes on keeps its own, and the tokenizer that lies there already is not lost where it is the one that is given."""
+    kept = tmp_path / "save" / "tokenizer"
+    keep_tokenizer(tokenizer_folder, kept, resumes=False)
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_folder, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    keep_tokenizer(other, kept, resumes=resumes)
+    given = tokenizer_folder if resumes else other
+    assert (kept / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()
+    for itself in (kept, kept / "tokenizer.json"):
+        keep_tokenizer(itself, kept, resumes=False)
+        assert (kept / "tokenizer.json").read_bytes() == (given / "tokenizer.json").read_bytes()

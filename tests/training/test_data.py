@@ -261,6 +261,15 @@ def test_a_share_of_the_split_without_documents_is_refused(feed: Feed, data: Pat
         feed("--split", "0,1,0")
 
 
+def test_shares_that_nobody_asked_for_may_be_empty(feed: Feed, data: Path, other_data: Path) -> None:
+    """Of 100 documents, the last thousandth is none; megatron-core would look for a token of it without end."""
+    blend = ("--data-path", 0.5, data, 0.5, other_data)
+    fed, usual = feed(*blend, "--split", "899,100,1"), feed(*blend, "--split", "90,10,0")
+    assert [fed.tokens(number) for number in range(20)] == [usual.tokens(number) for number in range(20)]
+    alone = feed("--data-path", other_data, "--split", "997,3,0", drop=("--eval-interval",))
+    assert alone.valid is None and len(alone.train) >= alone.samples
+
+
 def test_prefixes_without_weights_that_end_before_the_run_are_refused(feed: Feed, data: Path, other_data: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"train_iters=9000: .*72,000 sequences of 64 tokens.*taken once\. Give weights.*lower train_iters"

@@ -1,5 +1,6 @@
 """A dry run refuses what the run itself would refuse, with the value and the remedy, and touches nothing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def described(folder: Path, *more: object) -> str:
         (("--adam-beta2", 1.0), "adam_beta2=1.0 must be at least 0 and below 1"),
         (("--adam-eps", 0), "adam_eps=0.0 must be a positive number"),
         (("--lr-warmup-iters", -1), "lr_warmup_iters=-1 must not be negative"),
+        (("--lr-decay-style", "inverse-square-root"), "lr_warmup_iters=0; give lr_warmup_iters of at least 1"),
         (("--lr-decay-iters", 0), "lr_decay_iters=0 must be at least 1; leave it out for train_iters"),
         (("--seed", -1), "seed=-1 must lie between 0 and 2147483647"),
         (("--num-workers", -1), "num_workers=-1 must not be negative"),
@@ -70,3 +72,10 @@ def test_emulated_fp8_needs_no_fp8_units(tmp_path: Path) -> None:
 def test_muon_s_memory_is_said_to_be_estimated_from_above(tmp_path: Path) -> None:
     assert "the estimate counts AdamW's two" in described(tmp_path, "--optimizer", "muon")
     assert "Muon" not in described(tmp_path)
+
+
+def test_tokens_are_counted_while_the_batch_grows(tmp_path: Path) -> None:
+    told = described(tmp_path, "--rampup-batch-size", 2, 2, 2_000_000, "--seq-length", 1000, "--train-iters", 1_000_000)
+    batch, estimate = (float(found) for found in re.findall(r"([\d.]+) billion tokens", told))
+    assert batch == pytest.approx(estimate, abs=0.05)
+    assert batch < 7.9, "of 8 billion without the growth"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.settings.faults import FaultOptions
 
 from .conftest import PIPELINE, SHARDED, TENSOR, read_metrics, weights
@@ -217,6 +218,29 @@ def test_bad_steps_of_a_model_over_two_processes_are_named_and_left_out_alike(la
     assert ended["hopeless"].end.startswith("6 step 10 cannot be done: the loss is")
     assert f"layer {over.layer}: decoder.layers.1.mlp on {over.place}" in ended["hopeless"].end
     assert ended["again hopeless"].end == "done"
+
+
+def test_a_mixture_of_experts_logs_nothing_of_what_was_left_out(launch: Launch) -> None:
+    fresh = {name: (fault.replace("rank=1", "rank=0"), more) for name, (fault, more) in FRESH.items()}
+    ended = launch(("--preset", "tiny-experts"), {name: fresh[name] for name in ("undisturbed", "passing", "skipped")}, {})
+    assert_same(ended["passing"], ended["undisturbed"])
+    balance = {name: [row["load_balancing_loss"] for row in run.rows] for name, run in ended.items()}
+    assert balance["passing"] == balance["undisturbed"]
+    assert balance["skipped"][:5] == balance["undisturbed"][:5]
+    assert all(0.9 < value < 2 for value in balance["skipped"])
+
+
+def test_faults_count_on_when_a_phase_to_come_is_changed(tmp_path: Path) -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        before = {"data": "a", "phases": [{"until": 8}, {"data": "b"}]}
+        Ledger(tmp_path, before).add("skip", 3, "step 3 was bad.")
+        assert Ledger(tmp_path, {**before, "phases": [{"until": 8}, {"data": "c"}]}).skipped == {3}
+        assert Ledger(tmp_path, {**before, "data": "c"}).skipped == set()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

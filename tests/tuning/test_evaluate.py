@@ -87,11 +87,43 @@ def test_shots_of_the_same_data_set_are_shown_and_never_asked_about(tmp_path: Pa
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, written: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     output = written(0, "--filters", "length", "grounding")
     assert evaluate(["--runs", "one", str(output), "--output-dir", str(tmp_path / "table")]) == 3
-    assert "needs --filters grounding alone" in capsys.readouterr().err
+    assert "made with filters=['length', 'grounding'], and the evaluation needs ['grounding']" in capsys.readouterr().err
     other = written(1)
     (tmp_path / "questions-1" / "texts.jsonl").write_text("{}\n")
     assert evaluate(["--runs", "one", str(other), "--output-dir", str(tmp_path / "table")]) == 3
     assert "texts.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rounds", "2"), "made with rounds=2, and the evaluation needs 3"),
+        (("--limit", "5"), "made with limit=5, and the evaluation needs None"),
+        (("--pairs-key", "gold"), "made with pairs_key='gold', and the evaluation needs 'pairs'"),
+        (
+            ("--max-model-len", "300", "--max-new-tokens", "250"),
+            "being too long for the model; run synthesize.py with a larger --max-model-len",
+        ),
+    ],
+)
+def test_synthesis_that_was_asked_for_something_else_is_refused(
+    tmp_path: Path, written: Callable[..., Path], capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    output = written(2, "--filters", "grounding", *flags)
+    assert evaluate(["--runs", "one", str(output), "--output-dir", str(tmp_path / "table")]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_data_sets_of_their_own(tmp_path: Path) -> None:
+    for name in ("squad", "drop"):
+        rows = [{key: value for key, value in row(number, name).items() if key != "rc_name"} for number in range(3)]
+        write_rows(tmp_path / name / "train.jsonl", rows)
+    files = ["--input", str(tmp_path / "squad" / "train.jsonl"), str(tmp_path / "drop" / "train.jsonl")]
+    assert make_questions([*files, "--output-dir", str(tmp_path / "q"), "--shots", "0"]) == 0
+    made = lines(tmp_path / "q" / "texts.jsonl")
+    assert {line["data_set"] for line in made} == {"squad/train", "drop/train"}
+    assert len({line["id"] for line in made}) == len(made)
+    assert made[0]["id"] == "squad/train/squad/train.jsonl:1"
 
 
 @pytest.mark.parametrize(

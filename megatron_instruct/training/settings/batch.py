@@ -86,6 +86,11 @@ class BatchOptions:
         decay = self.lr_decay_iters or self.train_iters
         if self.lr_warmup_iters >= decay:
             raise ConfigError(f"lr_warmup_iters={self.lr_warmup_iters} must be below lr_decay_iters={decay} (by default train_iters).")
+        if self.lr_decay_style == "inverse-square-root" and self.lr_warmup_iters == 0:
+            raise ConfigError(
+                "lr_decay_style=inverse-square-root falls with the steps since the warm-up began, counted in warm-ups, and "
+                "lr_warmup_iters=0; give lr_warmup_iters of at least 1."
+            )
         falls = self.lr_wsd_decay_iters
         if (self.lr_decay_style == "WSD") != (falls is not None):
             raise ConfigError("lr_decay_style=WSD and lr_wsd_decay_iters go together; give both or neither.")
