@@ -41,6 +41,11 @@ def test_a_second_answer_agrees_by_its_words(completion: str, reason: str | None
     assert (drop and drop.reason) == reason
 
 
+def test_a_second_answer_may_begin_with_a_blank_line() -> None:
+    check = SecondAnswer(load_prompt_format("chat"), NoPrompts(), FilterSettings(), 100)  # type: ignore[arg-type]
+    assert check.verdict(PAIR, "\n\nA clumsy repair.") is None
+
+
 @pytest.mark.parametrize(
     ("language", "completion", "reason"),
     [
