@@ -188,6 +188,8 @@ FILTERS: dict[str, Rule] = {
     "contamination": contamination,
 }
 """The filters by name."""
+NEED_WORDS = ("grounding", "relevance")
+"""Those that tell content words from others; they say nothing of a language whose words filters.yaml does not have."""
 
 
 def _named(writing: Writing) -> str:

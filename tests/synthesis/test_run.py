@@ -266,3 +266,26 @@ def test_a_format_of_the_users_own_is_taken(bench: Any, synthesize: Synthesize) 
 def test_the_tool_loads_neither_torch_nor_vllm_for_its_help(start: Callable[..., Any], tmp_path: Path) -> None:
     out, _ = start("synthesize.py", "--help").communicate(timeout=60)
     assert "--prompt-format" in out
+def test_an_evaluation_that_says_nothing_is_refused_before_the_corpus_is_read(bench: Any, synthesize: Synthesize) -> None:
+    (bench.folder / "tiny.txt").write_text("a b c\n")
+    status, printed = synthesize(bench.corpus(2), decontaminate=bench.folder / "tiny.txt")
+    assert (status, "tiny.txt: no text in it has 6 words" in printed) == (3, True), printed
+    assert not (bench.folder / "out" / "shards" / "intake").exists()
+
+
+def test_filters_that_know_no_words_of_a_language_are_named_once(bench: Any, synthesize: Synthesize) -> None:
+    own = bench.folder / "own.yaml"
+    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+    own.write_text(json.dumps({"kind": "markers", "language": "ja", "text": "[T]{text}", "hide": ["[T]"], "pair": pair}))
+    bench.script(completion="[Q] 日本の首都はどこですか？ [A] 東京です。 [E]")
+    rows = [{"id": f"t{n}", "text": f"日本の首都は東京である。{n}"} for n in range(2)]
+    status, printed = synthesize(bench.corpus(rows), prompt_format=own, shard_size=1)
+    assert status == 0
+    assert printed.count("filters: grounding and relevance drop nothing") == 1
+    assert "filters.yaml has no words of language='ja' (of prompt_format=own); add some there" in printed
+    pairs = [pair for line in bench.lines("out/examples.jsonl") for shot in line["shots"] for pair in shot["pairs"]]
+    assert len(pairs) == 2
+    assert not {"grounding", "relevance"} & set(pairs[0]["provenance"]["filters"])
+    assert "drop nothing" not in synthesize(bench.corpus(2), "english")[1]
+
+
