@@ -20,7 +20,7 @@ from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples
 from megatron_instruct.synthesis.engines.engine import Completion, Request
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filters import Filters, dropped_pair
-from megatron_instruct.synthesis.intake import AskedText
+from megatron_instruct.synthesis.intake import GIVEN, AskedText
 from megatron_instruct.synthesis.journal import Journal
 from megatron_instruct.synthesis.prompts import Prompts, fit, restored
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
@@ -186,7 +186,8 @@ def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking,
         "prompt_format": format_.name,
         "language": format_.language,
         "round": round_,
-        "filters": asking.filters.passed,
+        "filters": asking.filters.passed if text.question is None else [],
+        **({} if text.question is None else {GIVEN: "question"}),
     }
     pairs = [restored(pair, asking.prompts.escaping, **provenance) for pair in parsed.pairs]
     kept, dropped = asking.filters.keep(pairs, text.text) if text.question is None else (pairs, [])
