@@ -5,6 +5,7 @@ requests are in a journal beside the folder. Does not know: other shards, the co
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from megatron_instruct.synthesis.second_pass import Check
 from megatron_instruct.synthesis.structured import NoStatementError, grammar_of
 
 SUMMARY, TIMING = "summary.json", "timing.json"
+_LIKE_A_CHECK = re.compile(r"\?\w+=\d+\?*\Z")
+"""An id of a text that ends as those of questions about pairs do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,12 @@ def _request(text: AskedText, column: Column, asking: Asking) -> tuple[Request, 
         assert asked is not None, "the intake lets in only what fits without history"
         return Reject(where="request", id=text.id, reason="question does not fit", content=asked.question)
     ids, shown = fitting
-    return Request(id=text.id, prompt=tuple(ids), max_new_tokens=asking.max_new_tokens, grammar=grammar), shown
+    return Request(id=_request_id(text), prompt=tuple(ids), max_new_tokens=asking.max_new_tokens, grammar=grammar), shown
+
+
+def _request_id(text: RawText) -> str:
+    """Return the text's id, made longer where it ends as the id of a question about a pair does, so that it is none."""
+    return f"{text.id}?" if _LIKE_A_CHECK.search(text.id) else text.id
 
 
 def _count(counts: Counter[str], request: Request, completion: Completion) -> None:
@@ -213,7 +221,7 @@ def _checked(
     prompts = [check.question(pair, text.text) for pair in pairs]
     fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= asking.longest_prompt]
     requests = [
-        Request(id=f"{text.id}?{check.name}={number}", prompt=tuple(prompts[number]), max_new_tokens=check.max_new_tokens, grammar=None)
+        Request(id=f"{_request_id(text)}?{check.name}={number}", prompt=tuple(prompts[number]), max_new_tokens=check.max_new_tokens)
         for number in fitting
     ]
     completions = (yield requests) if requests else []
