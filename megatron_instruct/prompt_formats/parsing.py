@@ -112,6 +112,8 @@ def _pair(chunk: str, layout: PairLayout) -> InstructionPair:
         answer = answer.removeprefix(":").removeprefix("：").strip()
     if not question or not answer or rationale == "":
         raise _NoPair("empty question or answer")
+    if "\0" in chunk:
+        raise _NoPair("NUL character")  # no document may hold one
     return InstructionPair(question=question, answer=answer, kind=kind_of(options, rationale), options=options, rationale=rationale)
 
 
@@ -159,7 +161,7 @@ def written_question(pair: InstructionPair, layout: PairLayout, *, marker: bool 
 
 def read_answer(text: str, layout: PairLayout) -> str:
     """Return the answer at the beginning of a completion that a question alone was answered with; after a rationale, where there is one."""
-    answer = text.partition(layout.end)[0].strip().removeprefix(layout.answer).strip()
+    answer = text.lstrip().removeprefix(layout.answer).lstrip().partition(layout.end)[0].strip()
     return answer.rpartition(layout.therefore)[2].strip(" :：\n") if layout.therefore in answer else answer
 
 

@@ -1,8 +1,8 @@
 """What evaluation files say, as n-grams of words, so that pairs which repeat it can be found (GPT-3, arXiv:2005.14165, appendix C).
 
 Comes in: files with records (every text in them counts) and YAML files (likewise). Goes out: for a text, the first n-gram that it shares,
-and with which file. A text of an evaluation that is shorter than n words counts as a whole, unless it is so short that it says nothing.
-Takes 12 bytes of memory for each n-gram of the files. Does not know: pairs.
+and with which file. A text of an evaluation that is shorter than n words counts as a whole, unless it is so short that it says nothing; so
+does a line of a .txt file. Takes 12 bytes of memory for each n-gram of the files. Does not know: pairs.
 """
 
 import hashlib
@@ -93,7 +93,10 @@ def _texts_of(file: Path) -> Iterator[str]:
     for record in read_records(file):
         if isinstance(record, BrokenRecord):
             raise InputError(f"decontaminate {record.where}: {record.reason}: {record.detail}; mend it: what is left out is not found.")
-        yield from _strings(record.value)
+        for text in _strings(record.value):
+            yield text
+            if file.suffix == ".txt":
+                yield from text.splitlines()
 
 
 def _strings(value: Any) -> Iterator[str]:

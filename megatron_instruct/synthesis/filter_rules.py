@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from unicodedata import normalize
 
 from megatron_instruct.records import InstructionPair
 from megatron_instruct.synthesis.contamination import Contamination
-from megatron_instruct.synthesis.content_words import Words, content_words, plain_words
+from megatron_instruct.synthesis.content_words import Words, content_words, folded, plain_words
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 from megatron_instruct.synthesis.language import Writing, foreign_to, writing_of
 
@@ -97,8 +98,8 @@ def answer(pair: InstructionPair, place: Place) -> Drop | None:
     """Drop an answer that is a question itself, that is the question again, or that says it has none."""
     if pair.answer.rstrip("\"'”’ ").endswith(("?", "？")):
         return Drop("answer is a question")
-    said = pair.answer.casefold()
-    if said == pair.question.casefold():
+    said = folded(pair.answer)
+    if said == folded(pair.question):
         return Drop("answer repeats the question")
     if said.strip(" .。") in place.words.none_of_these and pair.options:
         return None
@@ -110,10 +111,10 @@ def options(pair: InstructionPair, place: Place) -> Drop | None:
     """Drop options that leave no choice, repeat, or lack the answer; that none of them is right may be an answer, too."""
     if not pair.options:
         return None
-    plain = [option.casefold().strip(" .。") for option in pair.options]
+    plain = [folded(option).strip(" .。") for option in pair.options]
     if len(set(plain)) < max(len(plain), 2):
         return Drop("options repeat or leave no choice", f"{len(plain)} options, {len(set(plain))} of them different")
-    said = pair.answer.casefold().strip(" .。")
+    said = folded(pair.answer).strip(" .。")
     return None if said in plain or said in place.words.none_of_these else Drop("answer is not among the options")
 
 
@@ -124,11 +125,11 @@ def duplicate(pair: InstructionPair, place: Place) -> Drop | None:
         theirs = set(content_words(earlier.question, place.words))
         overlap = len(mine & theirs) / max(len(mine | theirs), 1)
         alike = _starts(pair.question) == _starts(earlier.question)
-        if pair.question.casefold() == earlier.question.casefold() or (
+        if folded(pair.question) == folded(earlier.question) or (
             alike and (mine == theirs or overlap > place.settings.max_question_overlap)
         ):
             return Drop("duplicate question", f"overlap {overlap:.2f} with: {earlier.question}")
-        if pair.answer.casefold() == earlier.answer.casefold() and not pair.options:
+        if folded(pair.answer) == folded(earlier.answer) and not pair.options:
             return Drop("duplicate answer", f"to: {earlier.question}")
     return None
 
@@ -155,10 +156,11 @@ def relevance(pair: InstructionPair, place: Place) -> Drop | None:
     share = _share(wanted, place.content.union(content_words(pair.answer, place.words)))
     if share < place.settings.min_relevance:
         return Drop("question not about the text", f"{share:.2f} of its words")
-    position = place.text.find(pair.answer)
+    text, answer = normalize("NFC", place.text), normalize("NFC", pair.answer)
+    position = text.find(answer)
     if position >= 0 and wanted:
-        before = _NOTE.sub("", place.text[:position])[-_BEFORE:]
-        if not set(wanted) & set(content_words(f"{before} {pair.answer}", place.words)):
+        before = _NOTE.sub("", text[:position])[-_BEFORE:]
+        if not set(wanted) & set(content_words(f"{before} {answer}", place.words)):
             return Drop("question not about its answer")
     return None
 
@@ -186,6 +188,8 @@ FILTERS: dict[str, Rule] = {
     "contamination": contamination,
 }
 """The filters by name."""
+NEED_WORDS = ("grounding", "relevance")
+"""Those that tell content words from others; they say nothing of a language whose words filters.yaml does not have."""
 
 
 def _named(writing: Writing) -> str:
@@ -193,7 +197,7 @@ def _named(writing: Writing) -> str:
 
 
 def _starts(question: str) -> str:
-    return question.casefold().split(maxsplit=1)[0]
+    return folded(question).split(maxsplit=1)[0]
 
 
 def _share[T](wanted: Sequence[T], known: frozenset[T]) -> float:

@@ -9,7 +9,7 @@ from megatron_instruct.prompt_formats.parsing import Dropped
 from megatron_instruct.records import InstructionPair
 from megatron_instruct.synthesis.contamination import Contamination, evaluation_files
 from megatron_instruct.synthesis.content_words import words_of
-from megatron_instruct.synthesis.filter_rules import FILTERS, Drop, Place
+from megatron_instruct.synthesis.filter_rules import FILTERS, NEED_WORDS, Drop, Place
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 
 
@@ -20,7 +20,10 @@ class Filters:
         """language: of the prompt format. Raises InputError for an evaluation file that cannot be read."""
         self.settings = settings
         self._words = words_of(language)
-        self._rules = [(name, FILTERS[name]) for name in settings.of_stage(0)]
+        named = settings.of_stage(0)
+        self.silent = [name for name in named if name in NEED_WORDS and not self._words.silent]
+        """Those that say nothing, since they need words of the language that nobody wrote down."""
+        self._rules = [(name, FILTERS[name]) for name in named if name not in self.silent]
         self.passed = [name for name, _ in self._rules if name != "contamination" or settings.decontaminate]
         """What a pair that is kept has passed."""
         self._contamination: Contamination | None = None

@@ -4,11 +4,11 @@ Comes in: a text, an answer. Goes out: spans of the text. Does not know: pages, 
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WORDS = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_぀-ヿ㐀-鿿가-힯]+")
+from megatron_instruct.synthesis.content_words import plain_words, word_places
+
 _SHORTEST = 3
 """Words in a row that count; fewer are met by chance, unless they are the whole answer."""
 
@@ -27,8 +27,7 @@ def grounded_spans(text: str, answer: str) -> list[tuple[int, int]]:
 
     Case and what stands between words make no difference. An answer shorter than three words must be there as a whole.
     """
-    places = [(match.start(), match.end(), match[0].casefold()) for match in _WORDS.finditer(text)]
-    said = [match[0].casefold() for match in _WORDS.finditer(answer)]
+    places, said = word_places(text), plain_words(answer)
     words = [word for _, _, word in places]
     starts: dict[str, list[int]] = {}
     for number, word in enumerate(words):

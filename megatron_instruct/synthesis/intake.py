@@ -7,13 +7,16 @@ whole or absent.
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from megatron_instruct.corpora.read import BrokenRecord, Record, raw_text, read_records
 from megatron_instruct.errors import InputError
@@ -24,8 +27,11 @@ from megatron_instruct.synthesis.rejects import Reject, write_rejects
 from megatron_instruct.synthesis.sentences import split_to_fit
 
 TEXTS, OFFSETS, SUMMARY = "texts.jsonl", "offsets.bin", "summary.json"
+GIVEN = "given"
+"""Key in the provenance of a pair that the corpus gave: "pair", or "question" where only the answer is written. No filter looks at it."""
 _OFFSET = struct.Struct("<Q")
 _JSON = json.JSONEncoder(ensure_ascii=False)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CACHE_KIB = 1 << 12
 """Memory for the ids."""
 
@@ -93,12 +99,10 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
     with (
         atomic_folder(folder) as unfinished,
         _Ids(unfinished / "ids.sqlite") as ids,
-        open(unfinished / TEXTS, "wb") as texts,
-        open(unfinished / OFFSETS, "wb") as offsets,
+        _Writer(unfinished) as texts,
         open(unfinished / "rejects.jsonl", "w", encoding="utf-8") as rejects,
         Progress("read the corpus", total=None, unit="records") as progress,
     ):
-        end = 0
         for item in _limited(files, options, ids):
             counts["records"] += 1
             progress.add()
@@ -108,14 +112,39 @@ def take_in(folder: Path, files: Sequence[Path], options: IntakeOptions, fits: C
                     write_rejects(rejects, [one])
                 else:
                     counts["texts"] += 1
-                    offsets.write(_OFFSET.pack(end))
-                    end += texts.write(_JSON.encode(one.to_json()).encode() + b"\n")
-        offsets.write(_OFFSET.pack(end))
+                    texts.write(one)
         summary = IntakeSummary(
             records=counts["records"], split=counts["split"], texts=counts["texts"], rejected=dict(sorted(rejected.items()))
         )
+        texts.close()
+        if ids.lost:
+            _rename(unfinished, ids)
         write_json(unfinished / SUMMARY, asdict(summary))
     return summary
+
+
+class _Writer:
+    """Writes texts, and where each begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self._texts, self._offsets = open(folder / TEXTS, "wb"), open(folder / OFFSETS, "wb")  # noqa: SIM115  open while texts come
+        self._end = 0
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, text: AskedText) -> None:
+        self._offsets.write(_OFFSET.pack(self._end))
+        self._end += self._texts.write(_JSON.encode(text.to_json()).encode() + b"\n")
+
+    def close(self) -> None:
+        if not self._texts.closed:
+            self._offsets.write(_OFFSET.pack(self._end))
+            self._texts.close()
+            self._offsets.close()
 
 
 class Texts:
@@ -143,13 +172,15 @@ class Texts:
 
 
 class _Ids:
-    """The ids that were there already, on the disk and not in memory: 16 bytes of a hash each."""
+    """The names that were there already, on the disk and not in memory: 16 bytes of a hash each."""
 
     def __init__(self, path: Path) -> None:
+        self.lost: set[str] = set()
+        """Names of pieces that were ids of texts, as it turned out."""
         self._path, self._database = path, sqlite3.connect(path, isolation_level=None)
         for setting in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{_CACHE_KIB}"):
             self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE ids (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE ids (hash BLOB PRIMARY KEY, piece INTEGER) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
     def __enter__(self) -> "_Ids":
@@ -160,9 +191,39 @@ class _Ids:
         self._path.unlink()
 
     def add(self, name: str) -> bool:
-        """Return whether the id is a new one."""
-        key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?)", (key,)).rowcount == 1
+        """Take the id of a text, perhaps from a piece; return whether no other text has it."""
+        if self._insert(name, piece=False):
+            return True
+        if self._database.execute("UPDATE ids SET piece = 0 WHERE hash = ? AND piece", (_hash(name),)).rowcount == 0:
+            return False
+        self.lost.add(name)
+        return True
+
+    def name_piece(self, name: str) -> str:
+        """Return a name that nothing has: this one, with as many marks behind it as it takes."""
+        while not self._insert(name, piece=True):
+            name += "#"
+        return name
+
+    def _insert(self, name: str, *, piece: bool) -> bool:
+        return self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (_hash(name), piece)).rowcount == 1
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
+def _rename(folder: Path, ids: _Ids) -> None:
+    """Give the pieces whose names were ids of later texts another one, as if those had come first."""
+    os.replace(folder / TEXTS, folder / "named.jsonl")
+    with open(folder / "named.jsonl", encoding="utf-8") as named, _Writer(folder) as texts:
+        for line in named:
+            text = AskedText.from_json(json.loads(line))
+            if text.id in ids.lost:  # the first of that name is the piece
+                ids.lost.remove(text.id)
+                text = replace(text, id=ids.name_piece(text.id))
+            texts.write(text)
+    (folder / "named.jsonl").unlink()
 
 
 def _limited(files: Sequence[Path], options: IntakeOptions, ids: _Ids) -> Iterator[AskedText | BrokenRecord]:
@@ -181,19 +242,39 @@ def _asked_text(record: Record, options: IntakeOptions) -> AskedText | BrokenRec
     text = raw_text(record, text_key=options.text_key, id_key=options.id_key)
     if isinstance(text, BrokenRecord):
         return text
+    if not text.id.strip():
+        return record.broken("broken id", f"{options.id_key!r} is {text.id!r}; it must be a name with a visible character, or null")
     question = record.value.get(options.question_key) if options.question_key is not None else None
-    if not isinstance(question, str | None) or question == "":
+    if not isinstance(question, str | None) or (question is not None and not question.strip()):
         return record.broken("broken question", f"{options.question_key!r} is {question!r}; it must be a question, or null")
     given = record.value.get(options.pairs_key) if options.pairs_key is not None else None
+    asked = AskedText(id=text.id, text=text.text, question=question)
     if given is None:
-        return AskedText(id=text.id, text=text.text, question=question)
+        return _unwritable(record, {options.id_key: text.id, options.question_key: question}) or asked
     if not isinstance(given, list) or not given:
         return record.broken("broken pairs", f"{options.pairs_key!r} is {given!r}; it must be a list of objects with question and answer")
     try:
-        pairs = tuple(InstructionPair.from_json(pair, where=record.where) for pair in given)
+        pairs = tuple(_given_pair(pair, record.where) for pair in given)
     except InputError as error:
         return record.broken("broken pairs", str(error).removeprefix(f"{record.where}: "))
-    return AskedText(id=text.id, text=text.text, pairs=pairs)
+    written = [pair.to_json() for pair in pairs]
+    return _unwritable(record, {options.id_key: text.id, options.pairs_key: written}) or replace(asked, question=None, pairs=pairs)
+
+
+def _given_pair(value: Any, where: str) -> InstructionPair:
+    pair = InstructionPair.from_json(value, where=where)
+    return msgspec.structs.replace(pair, provenance={**pair.provenance, GIVEN: "pair"})
+
+
+def _unwritable(record: Record, fields: Mapping[str | None, Any]) -> BrokenRecord | None:
+    """Return the record as a broken one if what stands in these fields, however deep, holds what no file or no document may hold."""
+    for key, value in fields.items():
+        written = _JSON.encode(value)
+        if "\\u0000" in written.replace("\\\\", ""):
+            return record.broken("NUL character", f"{key!r} holds a NUL")
+        if _SURROGATE.search(written):
+            return record.broken("lone surrogate", f"{key!r} holds half of a surrogate pair, which is no text")
+    return None
 
 
 def _texts(
@@ -213,11 +294,7 @@ def _texts(
         counts["split"] += 1
         for number, piece in enumerate(split_to_fit(item.text, fits), 1):
             name, text = f"{item.id}#{number}", piece.strip()
-            if text:
-                while not ids.add(name):  # a text of the corpus may be called so
-                    name += "#"
-                yield (
-                    AskedText(id=name, text=text)
-                    if fits(text)
-                    else Reject(where="corpus", id=name, reason="sentence too long", content=text)
-                )
+            if text and fits(text):
+                yield AskedText(id=ids.name_piece(name), text=text)
+            elif text:
+                yield Reject(where="corpus", id=name, reason="sentence too long", content=text)

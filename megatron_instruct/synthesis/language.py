@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from megatron_instruct.synthesis.content_words import folded
+
 _SCRIPTS = {
     "Latin": "A-Za-zÀ-ÖØ-öø-ʯḀ-ỿ",
     "Cyrillic": "Ѐ-ԯ",
@@ -64,6 +66,8 @@ def writing_of(text: str) -> Writing:
 
 def foreign_to(writing: Writing, text: str) -> str | None:
     """Return the script or language that most of `text` is in, where `writing` is in another; words that it quotes do not count."""
+    if not writing.scripts:
+        return None
     runs = _runs(text)
     new = [(script, run) for script, run in runs if run not in writing.words]
     strange = Counter[str]()
@@ -89,7 +93,7 @@ def foreign_to(writing: Writing, text: str) -> str | None:
 
 def _runs(text: str) -> list[tuple[str, str]]:
     """Return the words of a text with their scripts."""
-    return [(match.lastgroup or "", match[0]) for match in _RUNS.finditer(text.casefold())]
+    return [(match.lastgroup or "", match[0]) for match in _RUNS.finditer(folded(text))]
 
 
 def _scores(words: list[str]) -> Counter[str]:

@@ -14,6 +14,7 @@ from megatron_instruct.files import concatenate
 from megatron_instruct.progress import Progress
 from megatron_instruct.records import MShotExample
 from megatron_instruct.synthesis.filter_settings import FilterSettings
+from megatron_instruct.synthesis.intake import GIVEN
 from megatron_instruct.synthesis.near_duplicates import sift
 from megatron_instruct.synthesis.rejects import write_rejects
 from megatron_instruct.synthesis.shard import read_shard
@@ -63,8 +64,9 @@ def _sifted(parts: Sequence[Path], scratch: Path, filtering: FilterSettings, *, 
             rejected.update(reject.reason for reject in left.rejects)
             counts["examples"] += len(left.examples)
             for shot in (shot for example in left.examples for shot in example.shots):
-                counts["pairs"] += len(shot.pairs)
-                counts["texts_with_pairs"] += bool(shot.pairs)
+                written = [pair for pair in shot.pairs if pair.provenance.get(GIVEN) != "pair"]
+                counts["pairs"] += len(written)
+                counts["texts_with_pairs"] += bool(written)
                 progress.add()
     return Merged(counts=counts, rejected=rejected)
 

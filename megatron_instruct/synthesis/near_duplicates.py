@@ -1,11 +1,11 @@
 """Pairs that say nearly what an earlier pair of the corpus says: found by MinHash and locality-sensitive hashing, settled exactly.
 
 Comes in: the M-shot examples of all shards, in the order of the corpus. Goes out: the same without the pairs that are too similar to one
-kept before; so the result depends on that order alone, not on shards, batches or workers. A text that loses its last pair stands alone, to
-stay raw text. What was kept is looked up in a database on the disk (about 1 KiB a pair), so memory does not grow with the corpus.
+kept before; so the result depends on that order alone, not on shards, batches or workers. Pairs and questions that the corpus gave pass
+by: nothing is compared with them. A text that loses its last pair stands alone, to stay raw text. What was kept is looked up in a database
+on the disk (about 1 KiB a pair), so memory does not grow with the corpus.
 Similarity is Jaccard's, of the sets of four characters in a row, without the words that every question has; what names other numbers is
-not similar. Sources: Broder 1997; Leskovec,
-Rajaraman, Ullman, chapter 3; MinHash is rensa's. Does not know: files.
+not similar. Sources: Broder 1997; Leskovec, Rajaraman, Ullman, chapter 3; MinHash is rensa's. Does not know: files.
 """
 
 import re
@@ -26,6 +26,7 @@ from megatron_instruct.synthesis.content_words import plain_words, words_of
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 from megatron_instruct.synthesis.filters import dropped_pair
+from megatron_instruct.synthesis.intake import GIVEN
 from megatron_instruct.synthesis.rejects import Reject
 
 NAME = "near_duplicate"
@@ -56,7 +57,8 @@ def sift(examples: Iterable[MShotExample], database: Path, settings: FilterSetti
     database.unlink(missing_ok=True)
     with _Kept(database, settings) as kept:
         for batch in batched(examples, _BATCH):
-            written = [_written(pair, settings) for example in batch for shot in example.shots for pair in shot.pairs]
+            pairs = (pair for example in batch for shot in example.shots for pair in shot.pairs if GIVEN not in pair.provenance)
+            written = [_written(pair, settings) for pair in pairs]
             signatures = iter(zip(written, kept.signatures(written), strict=True))
             for example in batch:
                 yield _sifted(example, kept, signatures)
@@ -88,9 +90,10 @@ def _sifted(example: MShotExample, kept: "_Kept", signatures: Iterator[tuple[str
     shots: list[OneShotExample] = []
     for shot in example.shots:
         pairs: list[InstructionPair] = []
-        for number, (pair, (written, signature)) in enumerate(zip(shot.pairs, signatures, strict=False)):
-            drop = kept.add(f"{shot.id}, pair {number + 1}", written, signature)
-            if drop is None:
+        for number, pair in enumerate(shot.pairs, 1):
+            if GIVEN in pair.provenance:
+                pairs.append(pair)
+            elif (drop := kept.add(f"{shot.id}, pair {number}", *next(signatures))) is None:
                 pairs.append(replace(pair, provenance={**pair.provenance, "filters": [*pair.provenance.get("filters", ()), NAME]}))
             else:
                 piece = dropped_pair(pair, drop)

@@ -123,7 +123,9 @@ class ChatPrompts:
     def encode_question(self, text: str, pair: InstructionPair, history: Sequence[OneShotExample] = ()) -> list[int]:
         hidden = _hidden([pair], self.escaping)[0]
         question = written_question(hidden, self._format.pair, marker=False)
-        request = fill(self._needed(self._format.second_answer, "second_answer"), text=self.escaping.hide(text), question=question)
+        request = fill(
+            self._needed(self._format.second_answer, "second_answer", "question_key"), text=self.escaping.hide(text), question=question
+        )
         return self._template.encode("", [*self._turns(history), request])
 
     def encode_judgement(self, text: str, pair: InstructionPair) -> list[int]:
@@ -132,7 +134,7 @@ class ChatPrompts:
         answer = hidden.answer if hidden.rationale is None else f"{hidden.rationale}\n{hidden.answer}"
         request = "" if self._format.judge is None else self._format.judge.request
         values = {"text": self.escaping.hide(text), "question": question, "answer": answer}
-        return self._template.encode("", [fill(self._needed(request, "judge"), **values)])
+        return self._template.encode("", [fill(self._needed(request, "judge", "filters: judge"), **values)])
 
     def _turns(self, shots: Sequence[OneShotExample]) -> list[str]:
         turns: list[str] = []
@@ -140,9 +142,13 @@ class ChatPrompts:
             turns += [self._request(shot.text), write_pairs(_hidden(shot.pairs, self.escaping), self._format.pair)]
         return turns
 
-    def _needed(self, request: str, name: str) -> str:
+    def _needed(self, request: str, key: str, setting: str) -> str:
+        """setting: what asks with the words of this key, to be named where the format has none."""
         if not request:
-            raise ConfigError(f"filters: {name} needs the key {name!r} in the prompt format {self._format.name}; add it, or leave it out.")
+            raise ConfigError(
+                f"{setting} needs the key {key!r} in the prompt format, and prompt_format={self._format.name} has none; "
+                "add it, use another format, or leave the setting out."
+            )
         return request
 
     def _request(self, text: str) -> str:

@@ -16,7 +16,7 @@ from megatron_instruct import __version__
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest
 from megatron_instruct.pages import render_page
-from megatron_instruct.synthesis.content_words import FIRST_CJK
+from megatron_instruct.synthesis.content_words import without_blanks
 from megatron_instruct.synthesis.grounded_spans import pieces
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS
 from megatron_instruct.synthesis.throughput import chart
@@ -190,7 +190,7 @@ def _grouped(counts: Mapping[int, int]) -> dict[str, int]:
 def _opening(question: str) -> str:
     """Return the word that a question begins with; of a language without blanks, its first two characters."""
     word = question.split(maxsplit=1)[0].strip("\"'“”‘’(,.:;?!¿¡").casefold()
-    return word[:2] if word >= FIRST_CJK else word
+    return word[:2] if without_blanks(word) else word
 
 
 def _most(counts: Counter[str]) -> dict[str, int]:

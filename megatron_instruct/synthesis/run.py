@@ -28,8 +28,10 @@ from megatron_instruct.shares import at_work, parse_share
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.contamination import evaluation_files
+from megatron_instruct.synthesis.content_words import WORDS
 from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
+from megatron_instruct.synthesis.filters import Filters
 from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
 from megatron_instruct.synthesis.prompts import fit, load_prompts
@@ -199,7 +201,8 @@ def _take_up(job: _Job, *, alone: bool) -> None:
 def _take_in(job: _Job) -> IntakeSummary:
     config = job.config
     prompts = load_prompts(job.prompt_format, load_tokenizer(config.tokenizer_folder), config.tokenizer_folder)
-    load_checks(job.prompt_format, prompts, config.filtering, max_new_tokens=config.max_new_tokens)  # refused before anything is written
+    load_checks(job.prompt_format, prompts, config.filtering, max_new_tokens=config.max_new_tokens)  # refused before the corpus is read
+    _tell_silent(Filters(config.filtering, language=job.prompt_format.language), job.prompt_format)  # likewise
     if config.question_key is not None:
         prompts.encode_question("", InstructionPair(question="?", answer="."))  # likewise
     fixed = fit(prompts, (), "", most=config.longest_prompt)
@@ -230,6 +233,15 @@ def _take_in(job: _Job) -> IntakeSummary:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in taken.rejected.items()) or "nothing was there"
         raise InputError(f"no text is left of {', '.join(config.input)}: {reasons}.")
     return taken
+
+
+def _tell_silent(filters: Filters, prompt_format: PromptFormat) -> None:
+    if filters.silent:
+        print(
+            f"filters: {' and '.join(filters.silent)} drop nothing, since {WORDS} has no words of language={prompt_format.language!r} "
+            f"(of prompt_format={prompt_format.name}); add some there, under function_words and question_words.",
+            flush=True,
+        )
 
 
 def _make_shards(job: _Job, plan: ShardPlan, shards: Sequence[int]) -> None:

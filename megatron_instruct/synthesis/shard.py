@@ -5,6 +5,7 @@ requests are in a journal beside the folder. Does not know: other shards, the co
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from megatron_instruct.synthesis.chains import Column, advance, m_shot_examples
 from megatron_instruct.synthesis.engines.engine import Completion, Request
 from megatron_instruct.synthesis.filter_rules import Drop
 from megatron_instruct.synthesis.filters import Filters, dropped_pair
-from megatron_instruct.synthesis.intake import AskedText
+from megatron_instruct.synthesis.intake import GIVEN, AskedText
 from megatron_instruct.synthesis.journal import Journal
 from megatron_instruct.synthesis.prompts import Prompts, fit, restored
 from megatron_instruct.synthesis.rejects import Reject, write_rejects
@@ -29,6 +30,8 @@ from megatron_instruct.synthesis.second_pass import Check
 from megatron_instruct.synthesis.structured import NoStatementError, grammar_of
 
 SUMMARY, TIMING = "summary.json", "timing.json"
+_LIKE_A_CHECK = re.compile(r"\?\w+=\d+\?*\Z")
+"""An id of a text that ends as those of questions about pairs do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,12 @@ def _request(text: AskedText, column: Column, asking: Asking) -> tuple[Request, 
         assert asked is not None, "the intake lets in only what fits without history"
         return Reject(where="request", id=text.id, reason="question does not fit", content=asked.question)
     ids, shown = fitting
-    return Request(id=text.id, prompt=tuple(ids), max_new_tokens=asking.max_new_tokens, grammar=grammar), shown
+    return Request(id=_request_id(text), prompt=tuple(ids), max_new_tokens=asking.max_new_tokens, grammar=grammar), shown
+
+
+def _request_id(text: RawText) -> str:
+    """Return the text's id, made longer where it ends as the id of a question about a pair does, so that it is none."""
+    return f"{text.id}?" if _LIKE_A_CHECK.search(text.id) else text.id
 
 
 def _count(counts: Counter[str], request: Request, completion: Completion) -> None:
@@ -186,7 +194,8 @@ def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking,
         "prompt_format": format_.name,
         "language": format_.language,
         "round": round_,
-        "filters": asking.filters.passed,
+        "filters": asking.filters.passed if text.question is None else [],
+        **({} if text.question is None else {GIVEN: "question"}),
     }
     pairs = [restored(pair, asking.prompts.escaping, **provenance) for pair in parsed.pairs]
     kept, dropped = asking.filters.keep(pairs, text.text) if text.question is None else (pairs, [])
@@ -199,8 +208,9 @@ def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking,
 def _answered(question: str, completion: str, format_: PromptFormat) -> Parsed:
     """Return the question with the answer that the completion begins with; cut off at the limit of new tokens, it is taken as it is."""
     answer = read_answer(completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), format_.pair)
-    if not answer:
-        return Parsed(pairs=(), dropped=(Dropped(reason="empty completion", content=completion),))
+    if not answer or "\0" in answer:
+        reason = "NUL character" if answer else "empty completion"
+        return Parsed(pairs=(), dropped=(Dropped(reason=reason, content=completion),))
     return Parsed(pairs=(InstructionPair(question=question, answer=answer),), dropped=())
 
 
@@ -211,7 +221,7 @@ def _checked(
     prompts = [check.question(pair, text.text) for pair in pairs]
     fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= asking.longest_prompt]
     requests = [
-        Request(id=f"{text.id}?{check.name}={number}", prompt=tuple(prompts[number]), max_new_tokens=check.max_new_tokens, grammar=None)
+        Request(id=f"{_request_id(text)}?{check.name}={number}", prompt=tuple(prompts[number]), max_new_tokens=check.max_new_tokens)
         for number in fitting
     ]
     completions = (yield requests) if requests else []

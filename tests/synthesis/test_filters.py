@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from unicodedata import normalize
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.records import InstructionPair
 from megatron_instruct.synthesis.contamination import Contamination, Overlap
+from megatron_instruct.synthesis.content_words import plain_words
 from megatron_instruct.synthesis.filter_rules import FILTERS
 from megatron_instruct.synthesis.filter_settings import DEFAULT_FILTERS, STAGES, FilterSettings
 from megatron_instruct.synthesis.filters import Filters
@@ -125,6 +127,8 @@ IN_ANOTHER = [
     (RUSSIAN, "What is that?", "Неуклюжая починка.", "question in another language"),
     (TEXT, "What did the navy call it?", "Kluge", None),
     (TEXT, "Which year?", "1940", None),
+    ("1940 – 1945: 12 / 17", "Which years are these?", "The years of the war.", None),
+    ("ኢትዮጵያ", "Which country is it?", "It is Ethiopia.", None),
     (
         "The German word der Notbehelf, die Lösung und das Werk are nouns of the tongue.",
         "Which noun is it?",
@@ -137,6 +141,55 @@ IN_ANOTHER = [
 @pytest.mark.parametrize(("text", "question", "answer", "reason"), IN_ANOTHER)
 def test_a_pair_is_in_the_language_of_its_text(text: str, question: str, answer: str, reason: str | None) -> None:
     assert reasons(pair(question, answer), text=text, filters=("language",)) == ([] if reason is None else [reason])
+
+
+UNLISTED = [
+    ("ja", "日本の首都は東京である。東京には多くの人が住んでいる。", "日本の首都はどこですか？", "東京です。"),
+    ("ko", "대한민국의 수도는 서울이다. 가장 높은 산은 한라산이다.", "가장 높은 산은 무엇인가요?", "한라산이에요."),
+    ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย", "เมืองใดเป็นเมืองหลวง?", "เมืองหลวงคือกรุงเทพมหานคร"),
+    ("ru", RUSSIAN, "Что же такое этот костыль?", "Неуклюжая починка."),
+]
+
+
+@pytest.mark.parametrize(("language", "text", "question", "answer"), UNLISTED)
+def test_a_language_without_word_lists_loses_no_right_pair(language: str, text: str, question: str, answer: str) -> None:
+    assert reasons(pair(question, answer), text=text, language=language) == []
+    filters = Filters(FilterSettings(), language=language)
+    assert filters.silent == ["grounding", "relevance"]
+    assert filters.passed == [name for name in DEFAULT_FILTERS if name not in ("grounding", "relevance", "contamination")]
+    assert Filters(FilterSettings(), language="zh").silent == []
+
+
+def test_words_keep_their_marks() -> None:
+    assert plain_words("राजधानी क्या है?") == ["राजधानी", "क्या", "है"]
+    assert plain_words("1\ufe0f\u20e3 snake_case, Größe") == ["1", "snake", "case", "grösse"]
+    assert plain_words("ที่นี่ 東京の") == ["ที่", "นี่", "東", "京", "の"]
+    assert plain_words(normalize("NFD", "Größe, が, 서울")) == ["grösse", "が", "서", "울"]
+
+
+def test_what_is_composed_and_what_is_not_are_the_same() -> None:
+    text = normalize("NFD", "Die Brücke über die Mühle wurde früher für Züge gebaut, später für Fußgänger geöffnet.")
+    right = pair("Für wen wurde die Brücke geöffnet?", "Für Fußgänger, früher für Züge.")
+    settings = {"text": text, "language": "en"}
+    assert reasons(right, filters=("grounding",), **settings) == []  # type: ignore[arg-type]
+    again = pair(normalize("NFD", right.question), normalize("NFD", right.answer))
+    assert reasons(right, again, filters=("duplicate",), **settings) == ["duplicate question"]  # type: ignore[arg-type]
+    assert reasons(pair("Größe", normalize("NFD", "größe")), filters=("answer",)) == ["answer repeats the question"]
+
+
+def test_an_evaluation_in_another_script_is_measured_in_its_words(tmp_path: Path) -> None:
+    path = tmp_path / "exam.jsonl"
+    path.write_text(json.dumps({"q": "भारत की राजधानी नई दिल्ली में कौन रहता है", "a": "राजधानी नई दिल्ली"}) + "\n")
+    found = Contamination([path], 13)
+    assert found.find("राजधानी नई दिल्ली में है") is None, "three words are met by chance"
+    assert found.find("बताओ: भारत की राजधानी नई दिल्ली में कौन रहता है?") is not None
+
+
+def test_each_line_of_a_plain_text_is_a_text_of_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "exam.txt").write_text("Which of the bugs is told of?\nWho mended the small bug in the end?\n")
+    found = Contamination([tmp_path / "exam.txt"], 13)
+    assert found.find("Who mended the small bug in the end?") == Overlap("who mended the small bug in the end", "exam.txt")
+    assert found.find(f"{'x ' * 3}of the bugs is told of? Who mended the small bug in the {'y ' * 9}") is not None, "the whole counts, too"
 
 
 def test_a_pair_that_repeats_an_evaluation_is_dropped_with_the_ngram_and_the_file(tmp_path: Path) -> None:

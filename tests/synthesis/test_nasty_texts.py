@@ -34,8 +34,8 @@ def nasty(seed: int) -> str:
 
 
 def pair(seed: int) -> InstructionPair:
-    """A pair whose parts are nasty; a part ends with a visible character, since blanks around it are not part of it."""
-    question, answer = nasty(seed).strip(), nasty(seed + 1).strip()
+    """A pair whose parts are nasty; a part ends with a visible character, since blanks around it are not part of it. NUL is dropped."""
+    question, answer = (nasty(number).replace("\0", "").strip() for number in (seed, seed + 1))
     return InstructionPair(question=f"q{question}", answer=f"a{answer}")
 
 

@@ -102,6 +102,27 @@ def test_a_text_that_loses_its_last_pair_leaves_its_chain_and_stays(tmp_path: Pa
     assert left[1].shots[0].pairs == ()
 
 
+def test_what_the_corpus_gave_passes_by_and_the_counts_add_up(bench: Any) -> None:
+    """No matter what the provenance of given pairs says."""
+    same, text = "What is the main idea of this text about bugs?", "The bug number one is told of here. "
+    rows: list[dict[str, Any]] = [{"id": f"q{n}", "text": f"{text}{n}.", "question": same} for n in range(2)]
+    rows += [{"id": f"p{n}", "text": f"{text}{n}!", "pairs": [{"question": same, "answer": f"Gold {n}."}]} for n in range(2)]
+    rows[-1]["pairs"][0]["provenance"] = {"filters": ["length"]}
+    rows += [{"id": f"w{n}", "text": f"Bug {n}. {text}"} for n in range(2)]
+    bench.script(completion=f"<QUE> {same} <ANS> The bug number one. </END>")
+    arguments = bench.arguments(bench.corpus(rows), question_key="question", pairs_key="pairs")
+    assert main([*arguments, "--filters", "length", "near_duplicate"]) == 0
+    shots = {shot["id"]: shot["pairs"] for line in bench.lines("out/examples.jsonl") for shot in line["shots"]}
+    assert {name: len(pairs) for name, pairs in shots.items()} == {"q0": 1, "q1": 1, "p0": 1, "p1": 1, "w0": 1, "w1": 0}
+    passed = {name: [(pair["provenance"].get("given"), pair["provenance"].get("filters")) for pair in shots[name]] for name in shots}
+    assert [passed["q1"], passed["p0"], passed["p1"]] == [[("question", [])], [("pair", None)], [("pair", ["length"])]]
+    assert passed["w0"] == [(None, ["length", "near_duplicate"])]
+    manifest = read_manifest(bench.folder / "out" / "manifest.json")
+    names = ("pieces", "pairs", "texts_with_pairs", "texts_with_pairs_given")
+    assert [manifest.counts[name] for name in names] == [4, 3, 3, 2]
+    assert manifest.rejected == {"near-duplicate in the corpus": 1}
+
+
 def test_bands_find_almost_all_pairs_at_the_threshold() -> None:
     for threshold in (0.5, 0.7, 0.8, 0.9, 1.0):
         rows = rows_of_a_band(threshold)

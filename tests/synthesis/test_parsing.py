@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_instruct.prompt_formats.escaping import Escaping
-from megatron_instruct.prompt_formats.parsing import PairLayout, parse_pairs, write_pairs
+from megatron_instruct.prompt_formats.parsing import PairLayout, parse_pairs, read_answer, write_pairs
 from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair
 
@@ -52,6 +52,8 @@ def test_the_four_kinds_of_pairs_are_recognised() -> None:
         ("<QUE> Why? <ANS>  </END>", "empty question or answer"),
         ("<QUE> Why?\nLet's think step by step. <ANS> So. </END>", "no answer after the rationale"),
         (" </END>", "empty pair"),
+        ("<QUE> Why? <ANS> So\0. </END>", "NUL character"),
+        ("<QUE> Which?\nOptions:\n- re\0d\n- blue <ANS> blue </END>", "NUL character"),
     ],
 )
 def test_what_is_no_pair_is_dropped_with_its_reason(completion: str, reason: str) -> None:
@@ -71,6 +73,20 @@ def test_a_last_chat_pair_counts_only_when_the_model_stopped_by_itself() -> None
     assert len(parse_pairs(completion, CHAT, stopped=True).pairs) == 2
     cut = parse_pairs(completion, CHAT, stopped=False)
     assert [len(cut.pairs), cut.dropped[0].reason] == [1, "incomplete pair"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "layout", "answer"),
+    [
+        ("\n\nThe bug is green.\n\nIs it?", CHAT, "The bug is green."),
+        ("\n\nAnswer:\n\nGreen.", CHAT, "Green."),
+        ("\n\n", CHAT, ""),
+        (" Green. </END>\n\n<QUE> Next", MARKERS, "Green."),
+        (" </END>", MARKERS, ""),
+    ],
+)
+def test_an_answer_alone_may_begin_with_a_blank_line(completion: str, layout: PairLayout, answer: str) -> None:
+    assert read_answer(completion, layout) == answer
 
 
 words = st.text(alphabet=st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12).filter(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -138,6 +139,18 @@ TEXT = "A kluge is a clumsy repair that works for the wrong reasons. 水在一�
 )
 def test_the_spans_of_an_answer(answer: str, found: list[str]) -> None:
     assert [TEXT[start:end] for start, end in grounded_spans(TEXT, answer)] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("भारत की राजधानी नई दिल्ली है।", "राजधानी: नई दिल्ली", ["राजधानी नई दिल्ली"]),
+        (normalize("NFD", "Die Höhe der Brücke ist groß."), "Höhe der Brücke", [normalize("NFD", "Höhe der Brücke")]),
+        ("กรุงเทพเป็นเมืองหลวง", "เมืองหลวง", ["เมืองหลวง"]),
+    ],
+)
+def test_the_spans_of_an_answer_keep_marks_and_find_what_is_composed(text: str, answer: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in grounded_spans(text, answer)] == found
 
 
 def test_pieces_of_a_text_are_the_text() -> None:

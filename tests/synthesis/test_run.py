@@ -133,6 +133,22 @@ def test_long_texts_are_split_at_sentence_ends_and_nothing_is_lost(bench: Any, s
     ]
 
 
+def test_the_names_of_pieces_depend_on_no_order(bench: Any, synthesize: Synthesize) -> None:
+    rows = [
+        {"id": "L", "text": " ".join(f"Sentence {n} tells of a bug that was found." for n in range(20))},
+        *({"id": name, "text": f"A bug is told of in {name}."} for name in ("L#1", "L#1#", "L#2##")),
+    ]
+    results = []
+    for number, order in enumerate(itertools.permutations(rows)):
+        status, printed = synthesize(bench.corpus(order), f"out{number}", max_model_len=600, max_new_tokens=100, rounds=1)
+        assert status == 0, printed
+        results.append({shot["id"]: shot["text"] for line in bench.lines(f"out{number}/examples.jsonl") for shot in line["shots"]})
+    assert all(result == results[0] for result in results)
+    assert results[0]["L#1"] == "A bug is told of in L#1."
+    assert results[0]["L#1##"].startswith("Sentence 0 tells")
+    assert "L#2" in results[0]
+
+
 def test_long_texts_can_be_set_aside(bench: Any, synthesize: Synthesize) -> None:
     corpus = bench.corpus([{"id": "long", "text": "A bug is told of. " * 99}, {"id": "short", "text": "A bug."}])
     assert synthesize(corpus, max_model_len=600, max_new_tokens=100, long_texts="reject")[0] == 0
@@ -162,6 +178,14 @@ BAD_RECORDS = {
     '{"id": "x", "body": "y"}': "missing text",
     '{"id": "x", "text": "  "}': "empty text",
     '{"id": "t000", "text": "again"}': "repeated id",
+    '{"id": " ", "text": "y"}': "broken id",
+    '{"id": "\\ud800x", "text": "y"}': "lone surrogate",
+    '{"id": "x\\u0000", "text": "y"}': "NUL character",
+    '{"id": "x", "text": "y", "question": " \\n"}': "broken question",
+    '{"id": "x", "text": "y", "question": "\\ud800?"}': "lone surrogate",
+    '{"id": "x", "text": "y", "question": "\\u0000?"}': "NUL character",
+    '{"id": "x", "text": "y", "pairs": [{"question": "a?", "answer": "\\udc00"}]}': "lone surrogate",
+    '{"id": "x", "text": "y", "pairs": [{"question": "a?", "answer": "b", "options": ["\\u0000"]}]}': "NUL character",
 }
 
 
@@ -169,13 +193,31 @@ BAD_RECORDS = {
 def test_a_bad_record_stops_the_run_or_is_set_aside_by_flag(bench: Any, synthesize: Synthesize, line: str) -> None:
     corpus = bench.corpus(2)
     corpus.write_text(corpus.read_text() + line + "\n")
-    status, printed = synthesize(corpus)
+    keys = {"question_key": "question", "pairs_key": "pairs"}
+    status, printed = synthesize(corpus, **keys)
     assert status == 3
     assert f"corpus.jsonl:3: {BAD_RECORDS[line]}" in printed
     assert "--on-error reject" in printed
-    assert synthesize(corpus, "other", on_error="reject")[0] == 0
+    assert synthesize(corpus, "other", on_error="reject", **keys)[0] == 0
     manifest = read_manifest(bench.folder / "other" / "manifest.json")
     assert (manifest.counts["records_in"], manifest.counts["texts"], manifest.rejected[BAD_RECORDS[line]]) == (3, 2, 1)
+
+
+def test_a_backslash_before_u0000_is_no_nul(bench: Any, synthesize: Synthesize) -> None:
+    pairs = [{"question": r"What is \u0000?", "answer": r"\\u0000"}]
+    assert synthesize(bench.corpus([{"id": r"\u0000", "text": "A bug.", "pairs": pairs}]), pairs_key="pairs")[0] == 0
+    (pair,) = bench.lines("out/examples.jsonl")[0]["shots"][0]["pairs"]
+    assert (pair["question"], pair["answer"]) == (pairs[0]["question"], pairs[0]["answer"])
+
+
+def test_an_answer_with_a_nul_is_set_aside(bench: Any, synthesize: Synthesize) -> None:
+    bench.script(completion="<QUE> Which bug is told of? <ANS> The bug\0 number one. </END>", completions={"q": "It is\0 one. </END>"})
+    rows = [{"id": "w", "text": "The bug number one is told of."}, {"id": "q", "text": "A bug is told of.", "question": "Which?"}]
+    assert synthesize(bench.corpus(rows), question_key="question")[0] == 0
+    assert [(row["id"], row["where"], row["reason"]) for row in bench.lines("out/rejects.jsonl")] == [
+        ("w", "completion", "NUL character"),
+        ("q", "completion", "NUL character"),
+    ]
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(bench: Any, synthesize: Synthesize) -> None:
@@ -252,6 +294,29 @@ def test_a_model_folder_without_a_tokenizer_is_refused(bench: Any, synthesize: S
 def test_the_limit_takes_records_from_the_beginning(bench: Any, synthesize: Synthesize) -> None:
     assert synthesize(bench.corpus(9), limit=3, rounds=1)[0] == 0
     assert shot_ids(bench) == [["t000"], ["t001"], ["t002"]]
+
+
+def test_an_evaluation_that_says_nothing_is_refused_before_the_corpus_is_read(bench: Any, synthesize: Synthesize) -> None:
+    (bench.folder / "tiny.txt").write_text("a b c\n")
+    status, printed = synthesize(bench.corpus(2), decontaminate=bench.folder / "tiny.txt")
+    assert (status, "tiny.txt: no text in it has 6 words" in printed) == (3, True), printed
+    assert not (bench.folder / "out" / "shards" / "intake").exists()
+
+
+def test_filters_that_know_no_words_of_a_language_are_named_once(bench: Any, synthesize: Synthesize) -> None:
+    own = bench.folder / "own.yaml"
+    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+    own.write_text(json.dumps({"kind": "markers", "language": "ja", "text": "[T]{text}", "hide": ["[T]"], "pair": pair}))
+    bench.script(completion="[Q] 日本の首都はどこですか？ [A] 東京です。 [E]")
+    rows = [{"id": f"t{n}", "text": f"日本の首都は東京である。{n}"} for n in range(2)]
+    status, printed = synthesize(bench.corpus(rows), prompt_format=own, shard_size=1)
+    assert status == 0
+    assert printed.count("filters: grounding and relevance drop nothing") == 1
+    assert "filters.yaml has no words of language='ja' (of prompt_format=own); add some there" in printed
+    pairs = [pair for line in bench.lines("out/examples.jsonl") for shot in line["shots"] for pair in shot["pairs"]]
+    assert len(pairs) == 2
+    assert not {"grounding", "relevance"} & set(pairs[0]["provenance"]["filters"])
+    assert "drop nothing" not in synthesize(bench.corpus(2), "english")[1]
 
 
 def test_a_format_of_the_users_own_is_taken(bench: Any, synthesize: Synthesize) -> None:

@@ -41,6 +41,11 @@ def test_a_second_answer_agrees_by_its_words(completion: str, reason: str | None
     assert (drop and drop.reason) == reason
 
 
+def test_a_second_answer_may_begin_with_a_blank_line() -> None:
+    check = SecondAnswer(load_prompt_format("chat"), NoPrompts(), FilterSettings(), 100)  # type: ignore[arg-type]
+    assert check.verdict(PAIR, "\n\nA clumsy repair.") is None
+
+
 @pytest.mark.parametrize(
     ("language", "completion", "reason"),
     [
@@ -96,6 +101,19 @@ def test_a_pair_of_a_text_too_long_to_ask_about_again_is_set_aside(bench: Any) -
     assert reasons == ["incomplete pair", "second_answer does not fit", "second_answer does not fit"]
 
 
+def test_ids_of_texts_may_look_like_those_of_questions_about_pairs(bench: Any) -> None:
+    text = "Entry t000 is about a bug. The bug number one is told of here."
+    names = ["t000", "t000?second_answer=0", "t000?second_answer=0?", "t000?second_answer=1"]
+    arguments = bench.arguments(bench.corpus([{"id": name, "text": text} for name in names]), rounds=1)
+    bench.script(completion="<QUE> Which bug is told of? <ANS> The bug number one. </END>", log=str(bench.folder / "log"))
+    assert main([*arguments, "--filters", "default", "second_answer"]) == 0
+    shots = [shot for line in bench.lines("out/examples.jsonl") for shot in line["shots"]]
+    assert [shot["id"] for shot in shots] == names
+    asked = (bench.folder / "log").read_text().split()
+    assert len(set(asked)) == len(asked) == 8
+    assert asked.count("t000") == 1, "an ordinary id is that of its request"
+
+
 @pytest.fixture
 def chat_model(bench: Any, tmp_path: Path) -> Path:
     """The tokenizer with a chat template."""
@@ -116,6 +134,17 @@ def test_a_judge_of_an_instruct_model_is_asked_about_every_pair(bench: Any, chat
     manifest = json.loads((bench.folder / "out" / "manifest.json").read_text())
     assert manifest["rejected"] == {"judge gave no verdict": 2, "judged wrong": 1}
     assert manifest["counts"]["pairs"] == 1
+
+
+def test_a_format_that_cannot_ask_a_given_question_is_refused_by_the_name_of_the_flag(
+    bench: Any, chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = bench.arguments(bench.corpus(2), prompt_format="chat-extractive", question_key="question")
+    arguments[arguments.index("--model") + 1] = str(chat_model)
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert "question_key needs the key 'second_answer' in the prompt format, and prompt_format=chat-extractive has none" in printed
+    assert "filters" not in printed
 
 
 @pytest.mark.parametrize("name", ["judge", "second_answer"])
