@@ -7,7 +7,6 @@ which is removed when all is done. Does not know: tokens.
 
 import glob
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from megatron_instruct.templates.config import RenderConfig
 from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, total_of
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
-from megatron_instruct.workspace import take_up
+from megatron_instruct.workspace import remove, take_up
 
 STAGE = "render"
 MANIFEST, PARTS = "manifest.json", "parts"
@@ -66,8 +65,7 @@ def run(config: RenderConfig) -> Manifest:
 
 
 def _remove_work(folder: Path) -> None:
-    if (folder / PARTS).is_dir():
-        shutil.rmtree(folder / PARTS)
+    remove(folder / PARTS)
     (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -118,8 +116,7 @@ def _render_parts(
         "parts": [part.to_json() for part in parts],
     }
     place = config.output_dir / PARTS
-    place.mkdir(exist_ok=True)
-    take_up(place, plan, outputs=())
+    take_up(place, plan, outputs=[config.output_dir / name for name in (AUGMENTED, REJECTS)])
     work = {place / f"{number:06d}": part for number, part in enumerate(parts)}
     left = unfinished(work)
     say_what_is_left(work, left)

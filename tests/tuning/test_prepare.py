@@ -174,3 +174,18 @@ def test_names_that_become_one_file_are_refused(tmp_path: Path, synthesizer_toke
     corpus = write_rows(tmp_path / "rows.jsonl", [row(1, "a/b"), row(2, "a b")])
     assert prepare(corpus, tmp_path / "out", synthesizer_tokenizer) == 3
     assert "a_b.jsonl" in capsys.readouterr().err
+
+
+def test_documents_of_others_are_kept(tmp_path: Path, synthesizer_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    mine = write_rows(out / "documents" / "mine.jsonl", [row(1, "bugs")])
+    for _ in range(2):
+        assert prepare(mine, out, synthesizer_tokenizer) == 3
+        assert f"{out / 'documents'} exists already and has no manifest" in capsys.readouterr().err
+    assert [str(path.relative_to(out)) for path in sorted(out.rglob("*"))] == ["documents", "documents/mine.jsonl"]
+    mine = mine.rename(out / "mine.jsonl")
+    mine.with_name("documents").rmdir()
+    assert prepare(mine, out, synthesizer_tokenizer) == 0
+    (out / "manifest.json").unlink()  # as a run leaves it that was killed before its manifest
+    assert prepare(mine, out, synthesizer_tokenizer) == 0
+    assert len(lines(out / "documents" / "bugs.jsonl")) == 1
