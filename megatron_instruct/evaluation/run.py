@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.errors import ConfigError, InputError, MissingPackageError
 from megatron_instruct.evaluation.comparison import compare, comparison_table
 from megatron_instruct.evaluation.config import PERPLEXITY, EvaluateConfig
@@ -52,6 +52,7 @@ def run(config: EvaluateConfig) -> Results:
         check_backend(config.backend)
         check_include_path(config.include_path)
     plan = _plan(config, tokenizer, model_config)
+    require_outside((*config.perplexity_data, *map(str, config.include_path)), config.output_dir, [SAMPLES])
     files = find_files(config.perplexity_data) if config.perplexity_data else []
     inputs = records([*_model_files(config), *config.include_path, *files])
     settings = _settings(config, plan)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files
+from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
 from megatron_instruct.evaluation.config import MakeTaskConfig
 from megatron_instruct.evaluation.documents import read_documents
@@ -28,6 +28,7 @@ _NOT_DECIDING = ("input", "output_dir")
 
 def run(config: MakeTaskConfig) -> Manifest:
     """Do the stage and return its manifest."""
+    require_outside(config.input, config.output_dir, [f"{config.name}.jsonl"])
     files = find_files(config.input)
     inputs = records(files)
     yaml_file, data_file = config.output_dir / f"{config.name}.yaml", config.output_dir / f"{config.name}.jsonl"

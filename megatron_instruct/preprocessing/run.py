@@ -16,7 +16,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
 from megatron_instruct.corpora.parts import Part, total_lines, usual_parts
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import Team, started_team
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.fingerprints import forget, require_unchanged, shared_records, states_of
@@ -24,6 +24,7 @@ from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeJob, EncodeOptions
+from megatron_instruct.preprocessing.indexed_dataset import bin_file
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
 from megatron_instruct.preprocessing.sample import sample_texts
 from megatron_instruct.preprocessing.verify import manifest_file, result_files
@@ -110,6 +111,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
 
 def _resolve(config: PreprocessConfig) -> _Job:
     """Load and fingerprint everything that decides the result."""
+    require_outside(config.input, bin_file(config.prefix(config.json_keys[0])))
     tokenizer = load_tokenizer(config.tokenizer_model)
     if config.tokenizer_type is not None and tokenizer.kind != config.tokenizer_type:
         raise ConfigError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json, sha256_of
 from megatron_instruct.fingerprints import forget, shared_records
@@ -29,7 +29,7 @@ from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.contamination import evaluation_files
 from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
-from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
+from megatron_instruct.synthesis.intake import TEXTS, IntakeOptions, IntakeSummary, take_in
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.report import ReportOptions, read_answers, write_report
@@ -111,6 +111,7 @@ class _Job:
 
 
 def _resolve(config: SynthesizeConfig) -> _Job:
+    require_outside((*config.input, *config.filtering.decontaminate), config.output_dir, [EXAMPLES, f"shards/{INTAKE}/{TEXTS}"])
     prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
     files = find_files(config.input)
     model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config, config.model, what="model")

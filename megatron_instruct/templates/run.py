@@ -16,7 +16,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
 from megatron_instruct.corpora.parts import total_lines, usual_parts
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import LOCK, concatenate, locked
@@ -37,7 +37,9 @@ MANIFEST, PARTS = "manifest.json", "parts"
 def run(config: RenderConfig) -> Manifest:
     """Do the stage and return its manifest."""
     bank = load_bank(_bank_file(config), extension=config.extend_bank)
-    files = find_files([_examples_of(given) for given in config.input])
+    patterns = [_examples_of(given) for given in config.input]
+    require_outside(patterns, config.output_dir, [AUGMENTED])
+    files = find_files(patterns)
     before, inputs = states_of(files), records(files)
     check_stage_outputs(files, inputs)
     settings = {"seed": config.seed, "bank": bank.fingerprint, "language": bank.language, "on_error": config.on_error}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import BrokenRecord, find_files
+from megatron_instruct.corpora.read import BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest, finished, records, write_manifest
@@ -27,6 +27,7 @@ _THINK = re.compile(r"\n(?:Options:\n|Let's think step by step\.)")
 
 def run(config: QuestionsConfig) -> Manifest:
     """Do the stage; return its manifest."""
+    require_outside(config.input, config.output_dir, [TEXTS])
     files = find_files(config.input)
     inputs = records(files)
     names = ("shots", "contexts", "questions", "on_error")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files
+from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import atomic_folder, atomic_write
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
@@ -46,6 +46,7 @@ def run(config: PrepareConfig) -> Manifest:
     """Do the stage; return its manifest."""
     tokenizer, format_ = load_tokenizer(config.tokenizer_model), load_prompt_format(config.prompt_format)
     writer = DocumentWriter(format_, tokenizer, seq_length=config.seq_length, long_contexts=config.long_contexts)
+    require_outside(config.input, config.output_dir, [f"{_RESULT}/DATA_SET.jsonl"])
     files = find_files(config.input)
     inputs = records(files)
     names = ("seq_length", "max_examples", "long_contexts", "seed", "on_error")

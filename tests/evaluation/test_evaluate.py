@@ -127,6 +127,15 @@ def test_killed_and_run_again_the_same_bytes(
     assert not (tmp_path / "a.parts").exists()
 
 
+def test_an_output_within_what_is_read_is_refused(tmp_path: Path, model: Path, task_folder: Path, heldout: Path) -> None:
+    shutil.copytree(task_folder, tmp_path / "task")
+    shutil.copy(heldout, tmp_path / "task")
+    for given in ({"include_path": (tmp_path / "task",), "tasks": ("held",)}, {"perplexity_data": (str(tmp_path / "task"),)}):
+        with pytest.raises(ConfigError, match=r"output .*/task/a lies in the input .*/task"):
+            run(EvaluateConfig(model=model, output_dir=tmp_path / "task" / "a", device="cpu", **given))
+    assert not (tmp_path / "task" / "a").exists()
+
+
 def test_solved_examples_and_a_limit_reach_lm_eval(tmp_path: Path, model: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the task names its data by a full path
     found = run(EvaluateConfig(model=model, output_dir=Path("a"), tasks=("held",), include_path=(task_folder,), num_fewshot=1, limit=4))

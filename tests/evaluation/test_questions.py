@@ -101,6 +101,8 @@ def test_documents_are_not_overwritten_by_their_questions(tmp_path: Path, heldou
     documents.write_bytes(heldout.read_bytes())
     with pytest.raises(InputError, match=r"held.jsonl exists already and has no manifest"):
         make(documents, tmp_path)
+    with pytest.raises(ConfigError, match=r"output .*/task lies in the input"):
+        run(MakeTaskConfig(input=(str(tmp_path),), output_dir=tmp_path / "task", name="held"))
     assert [file.name for file in tmp_path.iterdir()] == ["held.jsonl"]
     assert documents.read_bytes() == heldout.read_bytes()
 

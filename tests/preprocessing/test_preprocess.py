@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -265,6 +266,17 @@ def test_a_folder_of_another_tool_is_neither_used_nor_removed(tmp_path: Path, co
     (tmp_path / "away").rename(mine[0].parent)
     preprocess(corpus, tmp_path / "a", tokenizer_folder)
     assert [[file.name for file in one.parent.iterdir()] for one in mine] == [["mine.jsonl"], ["mine.json"]]
+
+
+def test_an_output_within_the_input_is_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    (folder := tmp_path / "corpus").mkdir()
+    shutil.copy(corpus, folder)
+    for given in (folder, folder / "*"):
+        with pytest.raises(ConfigError, match=r"output .*/corpus/a_text_document.bin lies in the input .*/corpus"):
+            preprocess(given, folder / "a", tokenizer_folder)
+    assert [file.name for file in folder.iterdir()] == [corpus.name]
+    preprocess(folder, tmp_path / "corpus", tokenizer_folder)  # beside the folder, with its name
+    preprocess(folder / "*.jsonl", folder / "a", tokenizer_folder)
 
 
 def test_the_stage_loads_neither_torch_nor_transformers() -> None:

@@ -47,3 +47,18 @@ def test_a_finished_run_leaves_what_others_put_beside_its_result(
     assert (status, "Finished already" in printed) == (0, True)
     assert [file.read_text() for file in mine] == ["precious"] * 2
     assert sorted(bench.outputs("out")) == ["examples.jsonl", "fingerprints/mine.json", "manifest.json", "rejects.jsonl", "shards/a.jsonl"]
+
+
+def test_an_output_within_the_input_is_refused_at_once(bench: Any, synthesize: Synthesize) -> None:
+    data = bench.corpus(3).parent / "data"
+    data.mkdir()
+    bench.corpus(3, "data/a.jsonl")
+    for given in (data, data / "**" / "*.jsonl"):
+        status, printed = synthesize(given, "data/out")
+        assert (status, f"output {data / 'out'} lies in the input {given}" in printed) == (2, True), printed
+    bench.corpus(["What is a bug?"], "data/questions.txt")
+    filters = {"filters": "contamination", "decontaminate": data}
+    status, printed = synthesize(bench.folder / "corpus.jsonl", "data/out", **filters)
+    assert (status, f"lies in the input {data}" in printed) == (2, True), printed
+    assert not (data / "out").exists()
+    assert synthesize(data / "a.jsonl", "data/out")[0] == 0, "a file that is named itself"

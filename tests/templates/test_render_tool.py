@@ -283,6 +283,14 @@ def test_what_others_keep_in_parts_stays(tmp_path: Path, synthesis: Path) -> Non
     assert mine.read_bytes() == before
 
 
+def test_an_output_that_the_input_takes_in_is_refused(tmp_path: Path, synthesis: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output .*synthesis/out lies in the input .*/\*\*/\*.jsonl"):
+        render_to(synthesis / "out", synthesis / "**" / "*.jsonl")
+    assert not (synthesis / "out").exists()
+    render_to(synthesis / "out", synthesis)  # of a folder, files of another name are read
+    render_to(synthesis / "out", synthesis)
+
+
 def test_languages_and_banks_of_ones_own(tmp_path: Path, synthesis: Path, capsys: pytest.CaptureFixture[str]) -> None:
     render_to(tmp_path / "zh", synthesis, language="zh")
     assert documents(tmp_path / "zh")[0]["provenance"]["bank"]["language"] == "zh"

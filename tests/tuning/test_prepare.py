@@ -14,6 +14,7 @@ from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair, OneShotExample
 from megatron_instruct.synthesis.prompts import load_prompts
 from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.tuning.questions import main as make_questions
 from megatron_instruct.tuning.run import main
 from tests.tuning.conftest import lines, row, write_rows
 
@@ -189,3 +190,12 @@ def test_documents_of_others_are_kept(tmp_path: Path, synthesizer_tokenizer: Pat
     (out / "manifest.json").unlink()  # as a run leaves it that was killed before its manifest
     assert prepare(mine, out, synthesizer_tokenizer) == 0
     assert len(lines(out / "documents" / "bugs.jsonl")) == 1
+
+
+def test_an_output_within_the_input_is_refused(tmp_path: Path, synthesizer_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "rows" / "a.jsonl", [row(1, "bugs")])
+    assert prepare(tmp_path / "rows", tmp_path / "rows" / "out", synthesizer_tokenizer) == 2
+    assert f"lies in the input {tmp_path / 'rows'}" in capsys.readouterr().err
+    assert make_questions(["--input", str(tmp_path / "rows" / "*.jsonl"), "--output-dir", str(tmp_path / "rows")]) == 2
+    assert "lies in the input" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
