@@ -1,7 +1,8 @@
 """The folder of unfinished work: no leftovers of another run, and nothing of anybody else's.
 
 Comes in: a plan, {"settings": …, "inputs": …} and what else decides what the parts hold. A folder that holds the parts of the same plan is
-gone on with; parts of another plan are removed. What bears no mark of a run, its plan or its lock, is neither removed nor written over.
+gone on with; parts of another plan are removed, or refused where they were dear. What bears no mark of a run, its plan or its lock, is
+neither removed nor written over.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from typing import Any
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import LOCK, TEMPORARY_SUFFIX, locked, read_json, write_json
+from megatron_instruct.manifest import first_difference
 
 _PLAN = "plan.json"
 
@@ -56,10 +58,11 @@ def held(folder: Path, outputs: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True) -> None:
-    """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder.
+def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True, dear: bool = False) -> None:
+    """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder. dear: what it holds took long.
 
-    Raises InputError where `folder` or files of `outputs` exist already that no run began, ConfigError where others have another plan.
+    Raises InputError where `folder` or files of `outputs` exist already that no run began, ConfigError where others have another plan, or
+    where what is dear has.
     """
     plan = json.loads(json.dumps(plan))
     found = plan_of(folder)
@@ -70,6 +73,10 @@ def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = T
         require_absent(outputs)
     elif not alone:
         raise ConfigError(f"another share is at work in {folder} with other inputs or settings; give all shares the same command.")
+    elif dear:
+        difference = first_difference(found["settings"], plan["settings"])
+        made = f"with {difference}" if difference is not None else "from other inputs"
+        raise ConfigError(f"{folder} holds unfinished work made {made}; give the same ones, or remove {folder} to begin anew.")
     else:
         print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
         write_json(folder / _PLAN, {"settings": {}})  # nobody's, should this run be killed before all is removed

@@ -35,7 +35,7 @@ from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.report import ReportOptions, read_answers, write_report
 from megatron_instruct.synthesis.schedule import Usage
 from megatron_instruct.synthesis.second_pass import load_checks
-from megatron_instruct.synthesis.shard import TIMING, read_shard
+from megatron_instruct.synthesis.shard import TIMING, holds_work, read_shard
 from megatron_instruct.synthesis.worker import INTAKE, Assignment, Report, ShardPlan
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.workspace import remove, take_up
@@ -181,7 +181,7 @@ def _take_up(job: _Job, *, alone: bool) -> None:
     """Make the folder hold this plan and nothing of another one."""
     plan = {"settings": job.settings, "inputs": [[file.path, file.sha256] for file in job.inputs]}
     outputs = [job.config.output_dir / name for name in (EXAMPLES, REJECTS)]
-    take_up(job.folder, plan, outputs=outputs, alone=alone)
+    take_up(job.folder, plan, outputs=outputs, alone=alone, dear=holds_work(job.folder))
 
 
 def _take_in(job: _Job) -> IntakeSummary:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_instruct import workspace
-from megatron_instruct.errors import InputError
+from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.workspace import held, is_own, plan_of, remove, require_own, take_up
 
 PLAN = {"settings": {"seed": 1, "rounds": 2}, "inputs": [["a.jsonl", "0" * 64]]}
@@ -46,6 +46,21 @@ def test_parts_of_a_removal_that_was_killed_belong_to_no_plan(work: Path, monkey
     assert is_own(work)
     take_up(work, PLAN, outputs=())
     assert names(work) == ["lock", "lock.0", "lock.door", "plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "difference"),
+    [
+        ({**PLAN, "settings": {"seed": 1, "rounds": 3}}, "made with rounds=2, and this run asks for rounds=3"),
+        ({**PLAN, "settings": {"seed": 1}}, "made with rounds=2, and this run asks for rounds=None"),
+        ({**PLAN, "inputs": []}, "made from other inputs"),
+    ],
+)
+def test_dear_parts_of_another_plan_are_refused_and_kept(work: Path, plan: dict[str, object], difference: str) -> None:
+    before = names(work)
+    with pytest.raises(ConfigError, match=rf"parts holds unfinished work {difference}; .* or remove .*parts to begin anew"):
+        take_up(work, plan, outputs=(), dear=True)
+    assert (names(work), plan_of(work)) == (before, PLAN)
 
 
 @pytest.mark.parametrize("mine", ["a.jsonl", "plan.json"])

@@ -1,6 +1,7 @@
 """What synthesis writes to, and what it never removes: other people's files, its own input, the answers of an unfinished run."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +63,43 @@ def test_an_output_within_the_input_is_refused_at_once(bench: Any, synthesize: S
     assert (status, f"lies in the input {data}" in printed) == (2, True), printed
     assert not (data / "out").exists()
     assert synthesize(data / "a.jsonl", "data/out")[0] == 0, "a file that is named itself"
+
+
+def finished_shards(folder: Path) -> list[str]:
+    return sorted(file.parent.name for file in folder.glob("shards/*/timing.json"))
+
+
+def test_finished_shards_survive_a_mistyped_setting(bench: Any, synthesize: Synthesize) -> None:
+    corpus, other = bench.corpus(12), bench.corpus(11, "other.jsonl")
+    settings = {"rounds": 3, "shard_size": 6}
+    assert synthesize(corpus, "calm", **settings)[0] == 0
+    for share in ("0/2", "1/2"):
+        assert synthesize(corpus, share=share, **settings)[0] == 0
+    out = bench.folder / "out"
+    assert finished_shards(out) == ["000000", "000001"]
+    wrong = {"rounds=3, and this run asks for rounds=2": (corpus, {"shard_size": 6}), "made from other inputs": (other, settings)}
+    for message, (given, typed) in wrong.items():
+        status, printed = synthesize(given, **typed)
+        assert (status, message in printed, f"remove {out / 'shards'} to begin anew" in printed) == (2, True, True), printed
+        assert finished_shards(out) == ["000000", "000001"]
+    assert synthesize(corpus, **settings)[0] == 0
+    assert bench.outputs("out") == bench.outputs("calm")
+
+
+def test_answers_of_an_unfinished_shard_survive_it_too_and_what_holds_none_does_not_hinder(bench: Any, synthesize: Synthesize) -> None:
+    corpus = bench.corpus(12)
+    bench.script(dead_after=2)
+    assert synthesize(corpus, restarts=0, rounds=3)[0] == 5
+    (journal,) = (bench.folder / "out" / "shards").glob("*.journal")
+    answers = journal.read_bytes()
+    status, printed = synthesize(corpus, rounds=2)
+    assert (status, "rounds=3, and this run asks for rounds=2" in printed) == (2, True), printed
+    assert journal.read_bytes() == answers
+    bench.script(dead_after=0)
+    assert synthesize(corpus, "early", restarts=0, rounds=3)[0] == 5
+    assert (bench.folder / "early" / "shards" / "intake").is_dir()
+    bench.script()
+    for output in ("early", "calm"):
+        status, printed = synthesize(corpus, output, rounds=2)
+        assert (status, "Leftovers of an unfinished run" in printed) == (0, output == "early"), printed
+    assert bench.outputs("early") == bench.outputs("calm")
