@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import read_json, write_json
+from megatron_instruct.files import TEMPORARY_SUFFIX, read_json, write_json
 from megatron_instruct.manifest import FileRecord, record, records
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share
@@ -27,6 +26,8 @@ _BATCH_BYTES = 1 << 28
 """Files are taken in batches of at least so many bytes. What is smaller altogether is read every time, and nothing is kept."""
 _SETTLED_NANOSECONDS = 2 * 10**9
 """What was changed so shortly before it was read may be changed once more without another time: that is not kept."""
+_DIGITS = 16
+"""Of the name of a batch."""
 
 State = list[int]
 """Size, time of the last change of the content and of the file, in nanoseconds."""
@@ -56,8 +57,12 @@ def shared_records(files: Sequence[Path], folder: Path, share: Share | None) -> 
 
 
 def forget(folder: Path) -> None:
-    """Remove what is kept: the stage's manifest has it now."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove what is kept, and the folder where nothing else is in it: the stage's manifest has it now."""
+    for suffix in (".json", f".json{TEMPORARY_SUFFIX}", ".lock"):
+        for file in folder.glob("[0-9a-f]" * _DIGITS + suffix):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
 
 
 def states_of(files: Sequence[Path]) -> list[State]:
@@ -86,7 +91,7 @@ def _batches(files: Sequence[Path]) -> list[list[Path]]:
 
 def _records_of(batch: Sequence[Path], *, folder: Path, wait: bool) -> tuple[FileRecord, ...] | None:
     """Return the records of a batch; None where another run is about to take them, unless this one is to wait."""
-    place = folder / f"{hashlib.sha256('\0'.join(map(str, batch)).encode()).hexdigest()[:16]}.json"
+    place = folder / f"{hashlib.sha256('\0'.join(map(str, batch)).encode()).hexdigest()[:_DIGITS]}.json"
     if (kept := _kept(batch, place)) is not None:
         return kept
     with open(place.with_suffix(".lock"), "a") as lock:

@@ -126,18 +126,22 @@ def finished(path: Path, *, stage: str, settings: Mapping[str, Any], inputs: Ite
     if not path.is_file():
         return None
     manifest = read_manifest(path, stage=stage)
-    for name in sorted({*manifest.settings, *settings}):
-        old, new = manifest.settings.get(name), settings.get(name)
-        if old != new:
-            raise ConfigError(
-                f"{path.parent} holds a result made with {name}={old!r}, and this run asks for {name}={new!r}; "
-                f"choose another output or remove {path}."
-            )
+    if (difference := first_difference(manifest.settings, settings)) is not None:
+        raise ConfigError(f"{path.parent} holds a result made with {difference}; choose another output or remove {path}.")
     before, now = ([(item.bytes, item.sha256) for item in of_one] for of_one in (manifest.inputs, inputs))
     if before != now:
         what = "the same inputs in another order" if sorted(before) == sorted(now) else "other inputs"
         raise ConfigError(f"{path.parent} holds a result made from {what}; choose another output or remove {path}.")
     return manifest
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return in words the first setting, by name, that is not as it was; None where all are."""
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            return f"{name}={old!r}, and this run asks for {name}={new!r}"
+    return None
 
 
 def check_stage_outputs(files: Iterable[Path], inputs: Iterable[FileRecord]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.files import LOCK
+from megatron_instruct.workspace import remove
 
 _DOOR = f"{LOCK}.door"
 """Held while a run comes in and prepares; says how many shares those at work are divided into."""
@@ -117,9 +117,9 @@ def _forget_shares(folder: Path, door: IO[str]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that this run holds for all shares; who waits for it finds a new one."""
+    """Remove a folder of work that this run holds for all shares; who waits for it finds a new one."""
     with _door(folder):
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def _remove_door(folder: Path) -> None:

@@ -1,47 +1,104 @@
-"""The folder of unfinished work: no leftovers of another run.
+"""The folder of unfinished work: no leftovers of another run, and nothing of anybody else's.
 
-Comes in: a plan, any JSON value, that decides what the parts hold. A folder that holds the parts of the same plan is gone on with;
-parts of another plan are removed.
+Comes in: a plan, {"settings": …, "inputs": …} and what else decides what the parts hold. A folder that holds the parts of the same plan is
+gone on with; parts of another plan are removed, or refused where they were dear. What bears no mark of a run, its plan or its lock, is
+neither removed nor written over.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import read_json, write_json
+from megatron_instruct.files import LOCK, TEMPORARY_SUFFIX, locked, read_json, write_json
+from megatron_instruct.manifest import first_difference
 
 _PLAN = "plan.json"
 
 
 def plan_of(folder: Path) -> Any:
     """Return the plan of the parts in `folder`, None where there is none."""
-    return read_json(folder / _PLAN) if (folder / _PLAN).is_file() else None
+    plan = read_json(folder / _PLAN) if (folder / _PLAN).is_file() else None
+    return plan if isinstance(plan, dict) and "settings" in plan else None
 
 
-def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True) -> None:
-    """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder.
+def is_own(folder: Path) -> bool:
+    """Say whether `folder` is there and was made by a run: it holds a plan, or nothing but locks."""
+    return folder.is_dir() and (plan_of(folder) is not None or all(_is_mark(entry) for entry in folder.iterdir()))
 
-    Raises InputError where files of `outputs` exist already that no run of this folder began, ConfigError where others have another plan.
+
+def require_own(folder: Path) -> None:
+    """Raise InputError where `folder` holds what no run of this tool put there."""
+    if folder.is_dir() and not is_own(folder):
+        first = min(entry.name for entry in folder.iterdir() if not _is_mark(entry))
+        raise InputError(
+            f"{folder} holds {first} and no {_PLAN} of a run, so it is not this tool's; choose another output or move it away."
+        )
+
+
+def require_absent(outputs: Sequence[Path]) -> None:
+    """Raise InputError where one of these is there, although no run has begun to write it."""
+    for output in outputs:
+        if output.exists():
+            raise InputError(
+                f"{output} exists already and has no manifest: it is not this tool's, or its manifest was removed; "
+                "choose another output or remove it."
+            )
+
+
+@contextlib.contextmanager
+def held(folder: Path, outputs: Sequence[Path]) -> Iterator[None]:
+    """Hold `folder` for a stage without parts. Raises InputError where `outputs` are there and no run has left its lock or its manifest."""
+    if not any((folder / mark).is_file() for mark in (LOCK, "manifest.json")):
+        require_absent(outputs)
+    with locked(folder):
+        yield
+
+
+def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = True, dear: bool = False) -> None:
+    """Make `folder` hold `plan` and no parts but its own. alone: no other run is at work in the folder. dear: what it holds took long.
+
+    Raises InputError where `folder` or files of `outputs` exist already that no run began, ConfigError where others have another plan, or
+    where what is dear has.
     """
     plan = json.loads(json.dumps(plan))
     found = plan_of(folder)
-    if found is None:
-        for output in outputs:
-            if output.exists():
-                raise InputError(
-                    f"{output} exists already and has no manifest: it is not this tool's, or its manifest was removed; "
-                    "choose another output_prefix or remove it."
-                )
-    elif found == plan:
+    if found == plan:
         return
+    if found is None:
+        require_own(folder)
+        require_absent(outputs)
     elif not alone:
         raise ConfigError(f"another share is at work in {folder} with other inputs or settings; give all shares the same command.")
+    elif dear:
+        difference = first_difference(found["settings"], plan["settings"])
+        made = f"with {difference}" if difference is not None else "from other inputs"
+        raise ConfigError(f"{folder} holds unfinished work made {made}; give the same ones, or remove {folder} to begin anew.")
     else:
         print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
-    for leftover in folder.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+        write_json(folder / _PLAN, {"settings": {}})  # nobody's, should this run be killed before all is removed
+        _clear(folder)
     write_json(folder / _PLAN, plan)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of work, its plan last; what no run made is left as it is."""
+    if is_own(folder):
+        _clear(folder)
+        shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif not _is_mark(entry):
+            entry.unlink()
+
+
+def _is_mark(entry: Path) -> bool:
+    """Say whether a run leaves a file of this name before any part."""
+    return entry.name in (_PLAN, _PLAN + TEMPORARY_SUFFIX, LOCK) or entry.name.startswith(f"{LOCK}.")

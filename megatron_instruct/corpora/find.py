@@ -4,13 +4,15 @@ Comes in: what a user names. Goes out: regular files of known suffixes, each onc
 (`save_to_disk`) stands for the .arrow files that its state.json lists.
 """
 
+import fnmatch
 import glob
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.corpora.formats import FORMATS, format_of
-from megatron_instruct.errors import InputError
+from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json
 
 REJECTS = "rejects.jsonl"
@@ -36,6 +38,38 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
         print(f"Input files named twice are read once: {', '.join(repeated[:3])}{more}.")
     return list(found.values())
+
+
+def require_outside(inputs: Iterable[str], output: Path, files: Sequence[str] = ()) -> None:
+    """Raise ConfigError where an input, a folder or a pattern, takes in what is written to `output`: the next run would read it.
+
+    files: names below `output` that are written. An input file that is named itself may lie anywhere.
+    """
+    for given in inputs:
+        if _takes_in(given, output.resolve(), files):
+            raise ConfigError(f"output {output} lies in the input {given}, so that its own files would be read; choose another output.")
+
+
+def _takes_in(given: str, output: Path, files: Sequence[str]) -> bool:
+    path, parts = Path(given), Path(given).absolute().parts
+    plain = len(parts) if path.exists() else sum(1 for _ in itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    base, pattern = Path(*parts[:plain]).resolve(), parts[plain:]
+    if path.is_file() or not output.is_relative_to(base):
+        return False
+    inside = output.relative_to(base).parts
+    if any(name.startswith(".") for name in inside):  # neither walked nor matched
+        return False
+    walked_or_matched = [inside[:depth] for depth in range(len(inside) + 1)] + [(*inside, *Path(file).parts) for file in files]
+    return any(_matches(names, pattern) for names in walked_or_matched)
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Say whether a path without hidden names matches a pattern as glob means it."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 def _resolve(given: str) -> list[Path]:

@@ -11,14 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.corpora.find import REJECTS, find_files
+from megatron_instruct.corpora.find import REJECTS, find_files, require_outside
 from megatron_instruct.corpora.formats import FORMATS, format_of
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice, whole_file
 from megatron_instruct.corpora.lines import json_lines
 from megatron_instruct.errors import InputError
 from megatron_instruct.records import RawText
 
-__all__ = ["REJECTS", "BrokenRecord", "Record", "find_files", "json_lines", "raw_text", "read_records", "read_slice", "text_of"]
+__all__ = [
+    "REJECTS",
+    "BrokenRecord",
+    "Record",
+    "find_files",
+    "json_lines",
+    "raw_text",
+    "read_records",
+    "read_slice",
+    "require_outside",
+    "text_of",
+]
 
 
 def read_records(path: Path) -> Iterator[Record | BrokenRecord]:

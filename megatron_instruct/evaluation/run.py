@@ -5,16 +5,14 @@ Comes in: the model folder, task folders, held-out documents. Does not know: how
 """
 
 import dataclasses
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.errors import ConfigError, InputError, MissingPackageError
 from megatron_instruct.evaluation.comparison import compare, comparison_table
 from megatron_instruct.evaluation.config import PERPLEXITY, EvaluateConfig
@@ -27,9 +25,13 @@ from megatron_instruct.files import atomic_write, read_json, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from megatron_instruct.workspace import remove, take_up
 
 _LONGEST_DEFAULT = 4096
 """Tokens: above it, a sequence length is used only when asked for, since logits of long sequences fill the memory."""
+
+_TASK = "task-{}.json"
+"""Name of the part of a task."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ def run(config: EvaluateConfig) -> Results:
         check_backend(config.backend)
         check_include_path(config.include_path)
     plan = _plan(config, tokenizer, model_config)
+    require_outside((*config.perplexity_data, *map(str, config.include_path)), config.output_dir, [SAMPLES])
     files = find_files(config.perplexity_data) if config.perplexity_data else []
     inputs = records([*_model_files(config), *config.include_path, *files])
     settings = _settings(config, plan)
@@ -158,21 +161,23 @@ def _evaluate(
 ) -> tuple[Results, Manifest]:
     documents = _documents(config, files)
     manager = find_tasks(config.tasks, config.include_path) if config.tasks else None
-    key = hashlib.sha256(json.dumps([settings, [item.sha256 for item in inputs]]).encode()).hexdigest()
     parts = config.output_dir.with_name(config.output_dir.name + ".parts")
+    outputs = [config.output_dir / name for name in (RESULTS, SAMPLES)]
+    made_of = {"settings": settings, "inputs": [item.sha256 for item in inputs]}
+    take_up(parts, made_of, outputs=outputs, dear=any(parts.glob(f"{PERPLEXITY}.json")) or any(parts.glob(_TASK.format("*"))))
     models = _Models(config, plan)
     results, shots = Results(metrics=(), samples=()), dict[str, int]()
     if documents:
-        part = _part(parts / f"{PERPLEXITY}.json", key, lambda: (_perplexity(config, plan, tokenizer, documents, models.hf()), {}))
+        part = _part(parts / f"{PERPLEXITY}.json", lambda: (_perplexity(config, plan, tokenizer, documents, models.hf()), {}))
         results += part[0]
     for name in config.tasks:
         print(f"Task {name}.")
         run_one = partial(_task, name, manager, models, num_fewshot=config.num_fewshot, limit=config.limit)
-        part = _part(parts / f"task-{name}.json", key, run_one)
+        part = _part(parts / _TASK.format(name), run_one)
         results += part[0]
         shots |= part[1]
     manifest = _write(config, results, shots, settings, inputs)
-    shutil.rmtree(parts, ignore_errors=True)
+    remove(parts)
     return results, manifest
 
 
@@ -228,14 +233,14 @@ class _Models:
         return self._harness
 
 
-def _part(path: Path, key: str, make: Callable[[], tuple[Results, dict[str, int]]]) -> tuple[Results, dict[str, int]]:
-    """Take a finished part of this very work, or make and keep it."""
-    content = read_json(path) if path.is_file() else {}
-    if content.get("key") == key:
+def _part(path: Path, make: Callable[[], tuple[Results, dict[str, int]]]) -> tuple[Results, dict[str, int]]:
+    """Take a finished part, or make and keep it."""
+    if path.is_file():
+        content = read_json(path)
         print(f"  {path.stem} is finished already.")
         return results_from_json(content["metrics"], content["samples"], where=str(path)), content["shots"]
     results, shots = make()
-    write_json(path, {"key": key, "metrics": results.metrics_json(), "samples": results.samples_json(), "shots": shots})
+    write_json(path, {"metrics": results.metrics_json(), "samples": results.samples_json(), "shots": shots})
     return results, shots
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files
+from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
 from megatron_instruct.evaluation.config import MakeTaskConfig
 from megatron_instruct.evaluation.documents import read_documents
 from megatron_instruct.evaluation.questions import Questions, make_questions
 from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest, finished, records, write_manifest
+from megatron_instruct.workspace import held
 
 STAGE = "evaluation-task"
 _NOT_DECIDING = ("input", "output_dir")
@@ -27,6 +28,7 @@ _NOT_DECIDING = ("input", "output_dir")
 
 def run(config: MakeTaskConfig) -> Manifest:
     """Do the stage and return its manifest."""
+    require_outside(config.input, config.output_dir, [f"{config.name}.jsonl"])
     files = find_files(config.input)
     inputs = records(files)
     yaml_file, data_file = config.output_dir / f"{config.name}.yaml", config.output_dir / f"{config.name}.jsonl"
@@ -36,26 +38,27 @@ def run(config: MakeTaskConfig) -> Manifest:
     if (done := finished(manifest_file, stage=STAGE, settings=settings, inputs=inputs)) is not None:
         print(f"Finished already: {config.output_dir}.")
         return done
-    documents, broken = read_documents(files, text_key=config.text_key, title_key=config.title_key)
-    made = make_questions(documents, style=config.style, choices=config.choices, seed=config.seed, max_questions=config.max_questions)
     rejects_file = config.output_dir / REJECTS
-    _write_lines(rejects_file, [*map(_broken_line, broken), *({"id": id, "reason": why} for id, why in made.rejected.items())])
-    rejected = Counter([*(item.reason for item in broken), *made.rejected.values()])
-    if not made.asked:
-        reasons = ", ".join(f"{why}: {count:,}" for why, count in sorted(rejected.items())) or "there is no document"
-        raise InputError(f"no question can be made of {', '.join(config.input)} ({reasons}); see {rejects_file}.")
-    _write_lines(data_file, [question.to_json() for question in made.asked])
-    with atomic_write(yaml_file) as stream:
-        yaml.safe_dump(_task(config.name, data_file.resolve()), stream, sort_keys=False, allow_unicode=True)
-    manifest = Manifest(
-        stage=STAGE,
-        settings=settings,
-        inputs=inputs,
-        outputs=records([yaml_file, data_file, rejects_file], relative_to=config.output_dir),
-        counts={"documents_in": len(documents) + len(broken), "questions": len(made.asked), "left_over": made.left_over},
-        rejected=dict(sorted(rejected.items())),
-    )
-    write_manifest(manifest_file, manifest)
+    with held(config.output_dir, [yaml_file, data_file, rejects_file]):
+        documents, broken = read_documents(files, text_key=config.text_key, title_key=config.title_key)
+        made = make_questions(documents, style=config.style, choices=config.choices, seed=config.seed, max_questions=config.max_questions)
+        _write_lines(rejects_file, [*map(_broken_line, broken), *({"id": id, "reason": why} for id, why in made.rejected.items())])
+        rejected = Counter([*(item.reason for item in broken), *made.rejected.values()])
+        if not made.asked:
+            reasons = ", ".join(f"{why}: {count:,}" for why, count in sorted(rejected.items())) or "there is no document"
+            raise InputError(f"no question can be made of {', '.join(config.input)} ({reasons}); see {rejects_file}.")
+        _write_lines(data_file, [question.to_json() for question in made.asked])
+        with atomic_write(yaml_file) as stream:
+            yaml.safe_dump(_task(config.name, data_file.resolve()), stream, sort_keys=False, allow_unicode=True)
+        manifest = Manifest(
+            stage=STAGE,
+            settings=settings,
+            inputs=inputs,
+            outputs=records([yaml_file, data_file, rejects_file], relative_to=config.output_dir),
+            counts={"documents_in": len(documents) + len(broken), "questions": len(made.asked), "left_over": made.left_over},
+            rejected=dict(sorted(rejected.items())),
+        )
+        write_manifest(manifest_file, manifest)
     _print_summary(config, manifest, made)
     return manifest
 

@@ -5,7 +5,6 @@ megatron-core's IndexedDatasetBuilder.add_index, .roles where the data sets have
 preprocess, since what takes a data set of preprocess_data.py takes this one. Nothing is held in memory but the bounds of documents.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,18 @@ from megatron_instruct.files import atomic_write, concatenate, locked
 from megatron_instruct.manifest import FileRecord, Manifest, finished, record, records, write_manifest
 from megatron_instruct.preprocessing.indexed_dataset import IndexedDataset, bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
-from megatron_instruct.preprocessing.verify import manifest_file, own_manifest, require_sound, structure_faults, verify
+from megatron_instruct.preprocessing.verify import (
+    manifest_file,
+    own_manifest,
+    rejects_file,
+    require_sound,
+    result_files,
+    structure_faults,
+    verify,
+)
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import load_tokenizer
-from megatron_instruct.workspace import take_up
+from megatron_instruct.workspace import is_own, remove, require_own, take_up
 
 _STAGE = "preprocess"
 _MUST_AGREE = ("append_eod", "prepend_bos", "split_sentences", "pack_sequence_length")
@@ -80,16 +87,17 @@ def run(config: MergeConfig) -> Manifest:
     settings = {**sources[0].settings, "tokenizer": tokenizer["fingerprint"], "merged": [source.files[0].sha256 for source in sources]}
     inputs = tuple(file for source in sources for file in source.files)
     folder = prefix.with_name(prefix.name + ".parts")
-    if not folder.exists() and (done := _finished(prefix, settings, inputs)) is not None:
+    if not is_own(folder) and (done := _finished(prefix, settings, inputs)) is not None:
         return done
+    require_own(folder)
     with locked(folder):
         if (done := _finished(prefix, settings, inputs)) is None:
             plan = {"settings": settings, "inputs": [[file.path, file.sha256] for file in inputs]}
-            take_up(folder, plan, outputs=[bin_file(prefix), idx_file(prefix)])
+            take_up(folder, plan, outputs=result_files(prefix))
             done = _merge(prefix, sources, tokenizer, settings, inputs)
             write_manifest(manifest_file(prefix), done)
             _describe(prefix, sources, done)
-        shutil.rmtree(folder)
+        remove(folder)
     return done
 
 
@@ -220,8 +228,8 @@ def _merge(
         concatenate([bin_file(source.prefix) for source in sources], bin_file(prefix), report=progress.add)
         if sources[0].has_roles:
             concatenate([roles_file(source.prefix) for source in sources], roles_file(prefix), report=progress.add)
-    rejects = [_rejects_file(source.prefix) for source in sources]
-    concatenate([file for file in rejects if file.is_file()], _rejects_file(prefix))
+    rejects = [rejects_file(source.prefix) for source in sources]
+    concatenate([file for file in rejects if file.is_file()], rejects_file(prefix))
     with atomic_write(idx_file(prefix), "wb") as stream:
         _write_index(stream, [source.dataset for source in sources], dtype)
     wanted = Wanted(
@@ -240,7 +248,7 @@ def _merge(
         roles, tokens = checked_roles(roles_file(prefix), prefix, wanted)
         outputs.append(roles)
         facts["roles"] = {"tokens": tokens}
-    outputs.append(record(_rejects_file(prefix), relative_to=prefix.parent))
+    outputs.append(record(rejects_file(prefix), relative_to=prefix.parent))
     rejected: Counter[str] = sum((Counter(source.manifest.rejected) for source in sources if source.manifest is not None), Counter())
     return Manifest(
         stage=_STAGE,
@@ -260,10 +268,6 @@ def _counts(sources: Sequence[_Source]) -> dict[str, int]:
         own = {**own, "documents": len(source.dataset), "tokens": len(source.dataset.tokens)}
         counts.update({"documents_kept": own["documents"], **own})
     return dict(counts)
-
-
-def _rejects_file(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".rejects.jsonl")
 
 
 def _write_index(stream: IO[bytes], datasets: Sequence[IndexedDataset], dtype: np.dtype[Any]) -> None:
@@ -289,7 +293,7 @@ def _describe(prefix: Path, sources: Sequence[_Source], manifest: Manifest) -> N
     print(f"{prefix}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {manifest.facts['dtype']}")
     if manifest.rejected:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejected.items())
-        print(f"What was set aside when they were made ({reasons}) is in {_rejects_file(prefix)}")
+        print(f"What was set aside when they were made ({reasons}) is in {rejects_file(prefix)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from megatron_instruct.preprocessing.indexed_dataset import roles_file
 from megatron_instruct.preprocessing.merge import MergeOptions, merge_rejects, merge_tokens
 from megatron_instruct.preprocessing.part_files import PartSummary
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
+from megatron_instruct.preprocessing.verify import rejects_file
 from megatron_instruct.tokenizer import Tokenizer, token_dtype
 
 STAGE = "preprocess"
@@ -54,7 +55,7 @@ def write_data_sets(config: PreprocessConfig, folders: Sequence[Path], origin: O
     manifests: dict[str, Manifest] = {}
     for key in config.json_keys:
         prefix = config.prefix(key)
-        rejects = prefix.with_name(prefix.name + ".rejects.jsonl")
+        rejects = rejects_file(prefix)
         merge_rejects(folders, rejects)
         if not total.documents_kept:
             raise InputError(f"no document is left of {origin.named}: {_reasons(total.rejected)}; see {rejects}.")
@@ -143,7 +144,7 @@ def describe(manifests: Mapping[str, Manifest], prefixes: Mapping[str, Path], *,
                 f"{_reasons(manifest.facts[RENDERING]['pairs_set_aside'], 'set aside')}"
             )
         if manifest.rejected or counts.get("pairs_set_aside"):
-            print(f"What was set aside is in {prefix}.rejects.jsonl")
+            print(f"What was set aside is in {rejects_file(prefix)}")
     if not append_eod:
         print("Nothing marks where a document ends: --append-eod was not given.")
 

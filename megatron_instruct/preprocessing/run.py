@@ -16,7 +16,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
 from megatron_instruct.corpora.parts import Part, total_lines, usual_parts
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import Team, started_team
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.fingerprints import forget, require_unchanged, shared_records, states_of
@@ -24,16 +24,16 @@ from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
 from megatron_instruct.preprocessing.encode import EncodeJob, EncodeOptions
-from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file
+from megatron_instruct.preprocessing.indexed_dataset import bin_file
 from megatron_instruct.preprocessing.outputs import RENDERING, STAGE, Origin, describe, write_data_sets
 from megatron_instruct.preprocessing.sample import sample_texts
-from megatron_instruct.preprocessing.verify import manifest_file
+from megatron_instruct.preprocessing.verify import manifest_file, result_files
 from megatron_instruct.progress import Progress
 from megatron_instruct.shares import Share, at_work, parse_share, remove_folder
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.tokenizer.fast import FastForm
 from megatron_instruct.tokenizer.fast_proof import Backend, with_fast_backend
-from megatron_instruct.workspace import plan_of, take_up
+from megatron_instruct.workspace import is_own, plan_of, require_own, take_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,10 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     """Do the stage, or a share of it; return the manifest of each JSON key's data set, none where shares are left to merge."""
     started = time.monotonic()
     job = _resolve(config)
-    if (done := _finished(job)) is not None and not job.folder.exists():
+    if (done := _finished(job)) is not None and not is_own(job.folder):
         forget(_fingerprints(config))
         return done
+    require_own(job.folder)
     before = states_of(job.files)
     share = parse_share(config.share)
 
@@ -110,6 +111,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
 
 def _resolve(config: PreprocessConfig) -> _Job:
     """Load and fingerprint everything that decides the result."""
+    require_outside(config.input, bin_file(config.prefix(config.json_keys[0])))
     tokenizer = load_tokenizer(config.tokenizer_model)
     if config.tokenizer_type is not None and tokenizer.kind != config.tokenizer_type:
         raise ConfigError(
@@ -193,7 +195,7 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
         form = backend.form
         if encoding.get("backend") != backend.facts["backend"]:
             encoding = backend.facts
-    outputs = [file for prefix in job.prefixes().values() for file in (bin_file(prefix), idx_file(prefix))]
+    outputs = [file for prefix in job.prefixes().values() for file in result_files(prefix)]
     take_up(job.folder, {**plan, "encoding": encoding}, outputs=outputs, alone=alone)
     return _Plan(
         folders=[folder for folder, _ in numbered],

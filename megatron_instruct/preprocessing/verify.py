@@ -100,6 +100,15 @@ def manifest_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".manifest.json")
 
 
+def rejects_file(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".rejects.jsonl")
+
+
+def result_files(prefix: Path) -> list[Path]:
+    """Return what a run writes before the manifest."""
+    return [bin_file(prefix), idx_file(prefix), roles_file(prefix), rejects_file(prefix)]
+
+
 def manifest_faults(prefix: Path, found: Findings, manifest: Manifest) -> list[str]:
     """Compare a data set with its manifest: content, counts, dtype, ends of documents, roles."""
     described = {output.path for output in manifest.outputs}

@@ -7,7 +7,6 @@ Method: Instruction Pre-Training (arXiv:2406.14491). Does not know: templates.
 
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import read_json, sha256_of, write_json
+from megatron_instruct.files import read_json, sha256_of
 from megatron_instruct.fingerprints import forget, shared_records
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
@@ -32,15 +31,16 @@ from megatron_instruct.synthesis.content_words import WORDS
 from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
 from megatron_instruct.synthesis.filters import Filters
-from megatron_instruct.synthesis.intake import IntakeOptions, IntakeSummary, take_in
+from megatron_instruct.synthesis.intake import TEXTS, IntakeOptions, IntakeSummary, take_in
 from megatron_instruct.synthesis.merge import EXAMPLES, REJECTS, merge_shards
 from megatron_instruct.synthesis.prompts import fit, load_prompts
 from megatron_instruct.synthesis.report import ReportOptions, read_answers, write_report
 from megatron_instruct.synthesis.schedule import Usage
 from megatron_instruct.synthesis.second_pass import load_checks
-from megatron_instruct.synthesis.shard import TIMING, read_shard
+from megatron_instruct.synthesis.shard import TIMING, holds_work, read_shard
 from megatron_instruct.synthesis.worker import INTAKE, Assignment, Report, ShardPlan
 from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.workspace import remove, take_up
 
 STAGE = "synthesize"
 _SERVED = "served"
@@ -66,7 +66,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
             print(f"Finished already: {config.output_dir}.")
             if share is None:
                 _report(job, place.prepared)
-                shutil.rmtree(job.folder, ignore_errors=True)
+                remove(job.folder)
             forget(_fingerprints(config))
             return place.prepared
         plan = ShardPlan(columns=ColumnPlan(place.prepared.texts, config.rounds), size=config.shard_size)
@@ -77,7 +77,7 @@ def run(config: SynthesizeConfig) -> Manifest | None:
         done = _merge(job, [job.shard(number) for number in range(len(plan))], place.prepared)
         write_manifest(manifest_file, done)
         _report(job, done)
-        shutil.rmtree(job.folder)
+        remove(job.folder)
         forget(_fingerprints(config))
     _print_summary(config, done, seconds=time.monotonic() - started)
     return done
@@ -113,6 +113,7 @@ class _Job:
 
 
 def _resolve(config: SynthesizeConfig) -> _Job:
+    require_outside((*config.input, *config.filtering.decontaminate), config.output_dir, [EXAMPLES, f"shards/{INTAKE}/{TEXTS}"])
     prompt_format = load_prompt_format(config.prompt_format, config.structured_output)
     files = find_files(config.input)
     model = f"{_SERVED} {config.model}" if _is_only_named(config) else _fingerprint(config, config.model, what="model")
@@ -179,23 +180,10 @@ def _fingerprint(config: SynthesizeConfig, folder: Path, *, what: str) -> str:
 
 
 def _take_up(job: _Job, *, alone: bool) -> None:
-    """Make the folder hold this plan and nothing of another one; refuse to write over what this tool did not write."""
+    """Make the folder hold this plan and nothing of another one."""
     plan = {"settings": job.settings, "inputs": [[file.path, file.sha256] for file in job.inputs]}
-    plan = json.loads(json.dumps(plan))
-    plan_file = job.folder / "plan.json"
-    if plan_file.is_file() and read_json(plan_file) == plan:
-        return
-    if not alone:
-        raise ConfigError(f"another share is working in {job.config.output_dir} with other inputs or settings; choose another output.")
-    if job.folder.is_dir():
-        if plan_file.is_file():
-            print(f"Leftovers of an unfinished run with other inputs or settings are removed from {job.folder}.")
-        shutil.rmtree(job.folder)
-    else:
-        for name in (EXAMPLES, REJECTS):
-            if (path := job.config.output_dir / name).exists():
-                raise InputError(f"{path} exists already and has no manifest; choose another output_dir or remove it.")
-    write_json(plan_file, plan)
+    outputs = [job.config.output_dir / name for name in (EXAMPLES, REJECTS)]
+    take_up(job.folder, plan, outputs=outputs, alone=alone, dear=holds_work(job.folder))
 
 
 def _take_in(job: _Job) -> IntakeSummary:

@@ -32,6 +32,7 @@ from megatron_instruct.synthesis.structured import NoStatementError, grammar_of
 SUMMARY, TIMING = "summary.json", "timing.json"
 _LIKE_A_CHECK = re.compile(r"\?\w+=\d+\?*\Z")
 """An id of a text that ends as those of questions about pairs do."""
+_JOURNAL = ".journal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,11 @@ def read_shard(folder: Path) -> ShardSummary | None:
     return ShardSummary(**read_json(folder / SUMMARY)) if (folder / SUMMARY).is_file() else None
 
 
+def holds_work(folder: Path) -> bool:
+    """Say whether a folder of shards holds a finished one, or answers of an unfinished one."""
+    return any(folder.glob(f"*/{TIMING}")) or any(file.stat().st_size for file in folder.glob(f"*{_JOURNAL}"))
+
+
 def has_answers(folder: Path) -> bool:
     """Say whether the shard in `folder` is finished and some request of it was answered."""
     summary = read_shard(folder)
@@ -119,7 +125,7 @@ def has_answers(folder: Path) -> bool:
 
 def journal_of(folder: Path) -> Path:
     """Return where the finished requests of an unfinished shard are."""
-    return folder.with_name(f"{folder.name}.journal")
+    return folder.with_name(f"{folder.name}{_JOURNAL}")
 
 
 def work_on_column(texts: Iterable[AskedText], asking: Asking) -> Steps[ColumnResult]:

@@ -7,7 +7,6 @@ which is removed when all is done. Does not know: tokens.
 
 import glob
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.part_folders import say_what_is_left, unfinished
 from megatron_instruct.corpora.parts import total_lines, usual_parts
-from megatron_instruct.corpora.read import find_files
+from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import LOCK, concatenate, locked
@@ -29,7 +28,7 @@ from megatron_instruct.templates.config import RenderConfig
 from megatron_instruct.templates.parts import AUGMENTED, REJECTS, RenderJob, total_of
 from megatron_instruct.templates.sampling import SAMPLING_VERSION
 from megatron_instruct.templates.show import as_terminal_text, first_documents, write_page
-from megatron_instruct.workspace import take_up
+from megatron_instruct.workspace import remove, take_up
 
 STAGE = "render"
 MANIFEST, PARTS = "manifest.json", "parts"
@@ -38,7 +37,9 @@ MANIFEST, PARTS = "manifest.json", "parts"
 def run(config: RenderConfig) -> Manifest:
     """Do the stage and return its manifest."""
     bank = load_bank(_bank_file(config), extension=config.extend_bank)
-    files = find_files([_examples_of(given) for given in config.input])
+    patterns = [_examples_of(given) for given in config.input]
+    require_outside(patterns, config.output_dir, [AUGMENTED])
+    files = find_files(patterns)
     before, inputs = states_of(files), records(files)
     check_stage_outputs(files, inputs)
     settings = {"seed": config.seed, "bank": bank.fingerprint, "language": bank.language, "on_error": config.on_error}
@@ -66,8 +67,7 @@ def run(config: RenderConfig) -> Manifest:
 
 
 def _remove_work(folder: Path) -> None:
-    if (folder / PARTS).is_dir():
-        shutil.rmtree(folder / PARTS)
+    remove(folder / PARTS)
     (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -118,8 +118,7 @@ def _render_parts(
         "parts": [part.to_json() for part in parts],
     }
     place = config.output_dir / PARTS
-    place.mkdir(exist_ok=True)
-    take_up(place, plan, outputs=())
+    take_up(place, plan, outputs=[config.output_dir / name for name in (AUGMENTED, REJECTS)])
     work = {place / f"{number:06d}": part for number, part in enumerate(parts)}
     left = unfinished(work)
     say_what_is_left(work, left)

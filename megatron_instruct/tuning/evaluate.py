@@ -15,11 +15,12 @@ from typing import Any
 from megatron_instruct.config import run_tool
 from megatron_instruct.corpora.read import BrokenRecord, read_records
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_write, locked, write_json
+from megatron_instruct.files import atomic_write, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, read_manifest, record, records, write_manifest
 from megatron_instruct.records import MShotExample
 from megatron_instruct.tuning.measures import MEASURES, WrittenFor, measure, token_f1
 from megatron_instruct.tuning.questions import STAGE as QUESTIONS
+from megatron_instruct.workspace import held
 
 STAGE = "evaluate-synthesizer"
 RESULTS, ANSWERS = "results.json", "answers.jsonl"
@@ -61,7 +62,7 @@ def run(config: EvaluateConfig) -> Manifest:
     settings = {"runs": {one.name: [file.sha256 for file in one.inputs] for one in runs}}
     inputs = tuple({file.path: file for one in runs for file in one.inputs}.values())
     place = config.output_dir / "manifest.json"
-    with locked(config.output_dir):
+    with held(config.output_dir, [config.output_dir / RESULTS, config.output_dir / ANSWERS]):
         manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)
         if manifest is None:
             rows = [row for one in runs for row in _rows(one)]

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import BrokenRecord, find_files
+from megatron_instruct.corpora.read import BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_write, locked
+from megatron_instruct.files import atomic_write
 from megatron_instruct.manifest import Manifest, finished, records, write_manifest
 from megatron_instruct.tuning.config import QuestionsConfig
 from megatron_instruct.tuning.rows import TaskRow, read_rows
+from megatron_instruct.workspace import held
 
 STAGE, TEXTS = "make-synthesizer-questions", "texts.jsonl"
 _THINK = re.compile(r"\n(?:Options:\n|Let's think step by step\.)")
@@ -26,12 +27,13 @@ _THINK = re.compile(r"\n(?:Options:\n|Let's think step by step\.)")
 
 def run(config: QuestionsConfig) -> Manifest:
     """Do the stage; return its manifest."""
+    require_outside(config.input, config.output_dir, [TEXTS])
     files = find_files(config.input)
     inputs = records(files)
     names = ("shots", "contexts", "questions", "on_error")
     settings = {**{name: getattr(config, name) for name in names}, "held_out": sorted(config.held_out)}
     place = config.output_dir / "manifest.json"
-    with locked(config.output_dir):
+    with held(config.output_dir, [config.output_dir / TEXTS]):
         if (done := finished(place, stage=STAGE, settings=settings, inputs=inputs)) is not None:
             print(f"Finished already: {config.output_dir}.")
             return done

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_instruct.config import run_tool
-from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files
+from megatron_instruct.corpora.read import REJECTS, BrokenRecord, find_files, require_outside
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import atomic_folder, atomic_write, locked
+from megatron_instruct.files import atomic_folder, atomic_write
 from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
@@ -28,6 +28,7 @@ from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.tuning.config import PrepareConfig
 from megatron_instruct.tuning.documents import DocumentWriter
 from megatron_instruct.tuning.rows import TaskRow, read_rows
+from megatron_instruct.workspace import held
 
 STAGE = "prepare-synthesizer-data"
 _RESULT = "documents"
@@ -45,6 +46,7 @@ def run(config: PrepareConfig) -> Manifest:
     """Do the stage; return its manifest."""
     tokenizer, format_ = load_tokenizer(config.tokenizer_model), load_prompt_format(config.prompt_format)
     writer = DocumentWriter(format_, tokenizer, seq_length=config.seq_length, long_contexts=config.long_contexts)
+    require_outside(config.input, config.output_dir, [f"{_RESULT}/DATA_SET.jsonl"])
     files = find_files(config.input)
     inputs = records(files)
     names = ("seq_length", "max_examples", "long_contexts", "seed", "on_error")
@@ -54,7 +56,7 @@ def run(config: PrepareConfig) -> Manifest:
         "tokenizer": tokenizer.fingerprint,
     }
     place = config.output_dir / "manifest.json"
-    with locked(config.output_dir):
+    with held(config.output_dir, [config.output_dir / _RESULT, config.output_dir / REJECTS]):
         if (done := finished(place, stage=STAGE, settings=settings, inputs=inputs)) is not None:
             print(f"Finished already: {config.output_dir}.")
             return done

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_instruct.corpora.parts import plan_parts, read_part
-from megatron_instruct.corpora.read import Record, find_files
-from megatron_instruct.errors import InputError
+from megatron_instruct.corpora.read import Record, find_files, require_outside
+from megatron_instruct.errors import ConfigError, InputError
 
 
 def names(*inputs: Path | str) -> list[str]:
@@ -83,6 +83,65 @@ def test_glob_characters_in_names_are_letters_where_such_a_file_exists(tmp_path:
     assert names(tmp_path / "[d]") == names(tmp_path / "[[]d]") == ["x.jsonl"]
     with pytest.raises(InputError, match=r"in a pattern, \[\[\] stands for a bracket"):
         find_files([str(tmp_path / "[d]" / "*.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        ("data", "data"),
+        ("data", "data/out"),
+        ("data/", "data/deep/out"),
+        (".", "out"),
+        ("link", "data/out"),
+        ("data", "link/out"),
+        ("data/*.jsonl", "data"),
+        ("link/*.jsonl", "data"),
+        ("data/ex*", "data"),
+        ("data/*", "data/out"),
+        ("data/*", "data/deep/out"),
+        ("data/out/*", "data/out"),
+        ("data/**/*.jsonl", "data/out"),
+        ("data/**/*.jsonl", "data"),
+        ("data/**/examples.jsonl", "data/deep/out"),
+        ("data/*/*/*.jsonl", "data"),
+        ("d[a-b]ta/**", "data/out"),
+        ("{root}/data/*", "data/out"),
+    ],
+)
+def test_an_output_within_the_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, output: str) -> None:
+    touch(tmp_path / "data" / "a.jsonl")
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    given = given.format(root=tmp_path)
+    for inputs in ([given], ["elsewhere/*.jsonl", given]):
+        with pytest.raises(ConfigError) as refusal:
+            require_outside(inputs, Path(output), ["examples.jsonl", "shards/intake/texts.jsonl"])
+        assert str(refusal.value).startswith(f"output {output} lies in the input {given}, so that ")
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        ("data", "out"),
+        ("data", "data-out"),
+        ("data/a.jsonl", "data"),
+        ("data/a.jsonl", "data/out"),
+        ("data/a*.jsonl", "data"),
+        ("data/*.parquet", "data"),
+        ("data/*.jsonl", "data/out"),
+        ("data/**/a.jsonl", "data/out"),
+        ("data/out/*.jsonl", "data"),
+        ("data/deep", "data"),
+        ("data", "data/.hidden/out"),
+        ("data/**/*.jsonl", "data/.hidden/out"),
+        ("*/a.jsonl", "data"),
+        ("[d].jsonl", "."),
+    ],
+)
+def test_an_output_beside_the_input_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, output: str) -> None:
+    touch(tmp_path / "data" / "a.jsonl", tmp_path / "data" / "deep" / "a.jsonl", tmp_path / "[d].jsonl")
+    monkeypatch.chdir(tmp_path)
+    require_outside([given], Path(output), ["examples.jsonl", "shards/intake/texts.jsonl"])
 
 
 def test_a_pipe_is_refused(tmp_path: Path) -> None:

@@ -127,6 +127,45 @@ def test_killed_and_run_again_the_same_bytes(
     assert not (tmp_path / "a.parts").exists()
 
 
+def test_parts_of_other_settings_and_files_of_others_are_kept(
+    tmp_path: Path, model: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def perplexity(**settings: Any) -> Results:
+        return run(
+            EvaluateConfig(model=model, output_dir=tmp_path / "a", perplexity_data=(str(heldout),), device="cpu", limit=2, **settings)
+        )
+
+    monkeypatch.setattr("megatron_instruct.evaluation.run._write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity()
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"a.parts holds unfinished work made with stride=128, and this run asks for stride=64"):
+        perplexity(stride=64)
+    assert (tmp_path / "a.parts" / "perplexity.json").is_file()
+    perplexity()
+    assert not (tmp_path / "a.parts").exists()
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"a/results.json exists already and has no manifest"):
+        perplexity()
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a.parts").mkdir()
+    (tmp_path / "a.parts" / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"a.parts holds mine.txt and no plan.json of a run"):
+        perplexity()
+
+
+def test_an_output_within_what_is_read_is_refused(tmp_path: Path, model: Path, task_folder: Path, heldout: Path) -> None:
+    shutil.copytree(task_folder, tmp_path / "task")
+    shutil.copy(heldout, tmp_path / "task")
+    for given in ({"include_path": (tmp_path / "task",), "tasks": ("held",)}, {"perplexity_data": (str(tmp_path / "task"),)}):
+        with pytest.raises(ConfigError, match=r"output .*/task/a lies in the input .*/task"):
+            run(EvaluateConfig(model=model, output_dir=tmp_path / "task" / "a", device="cpu", **given))
+    assert not (tmp_path / "task" / "a").exists()
+
+
 def test_solved_examples_and_a_limit_reach_lm_eval(tmp_path: Path, model: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the task names its data by a full path
     found = run(EvaluateConfig(model=model, output_dir=Path("a"), tasks=("held",), include_path=(task_folder,), num_fewshot=1, limit=4))

@@ -96,6 +96,17 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(
     assert Path(task["dataset_kwargs"]["data_files"]["test"]).is_absolute()
 
 
+def test_documents_are_not_overwritten_by_their_questions(tmp_path: Path, heldout: Path) -> None:
+    documents = tmp_path / "held.jsonl"
+    documents.write_bytes(heldout.read_bytes())
+    with pytest.raises(InputError, match=r"held.jsonl exists already and has no manifest"):
+        make(documents, tmp_path)
+    with pytest.raises(ConfigError, match=r"output .*/task lies in the input"):
+        run(MakeTaskConfig(input=(str(tmp_path),), output_dir=tmp_path / "task", name="held"))
+    assert [file.name for file in tmp_path.iterdir()] == ["held.jsonl"]
+    assert documents.read_bytes() == heldout.read_bytes()
+
+
 def test_bad_input_of_the_generator(tmp_path: Path, heldout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="letters, digits and underscores"):
         MakeTaskConfig(input=("x",), output_dir=tmp_path, name="a-b")

@@ -50,6 +50,17 @@ def test_they_are_what_they_would_be_and_a_second_run_reads_nothing(files: list[
     assert not folder.exists()
 
 
+def test_what_others_keep_in_the_folder_stays(files: list[Path], tmp_path: Path) -> None:
+    (folder := tmp_path / "kept").mkdir()
+    for name in ("mine.json", "mine.lock", "notes.txt"):
+        (folder / name).write_text("precious")
+    shared_records(files, folder, None)
+    assert len(list(folder.iterdir())) > 3
+    forget(folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["mine.json", "mine.lock", "notes.txt"]
+    forget(tmp_path / "absent")
+
+
 @pytest.mark.parametrize("change", ["content", "times", "kept file"])
 def test_what_changed_is_read_again(files: list[Path], read: list[str], tmp_path: Path, change: str) -> None:
     folder = tmp_path / "kept"

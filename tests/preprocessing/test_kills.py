@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.files import locked
+from megatron_instruct.files import locked, write_json
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.run import run
 
@@ -120,6 +120,7 @@ def test_a_run_killed_after_its_manifest_leaves_nothing_behind(tmp_path: Path, c
     config = PreprocessConfig(input=(str(corpus),), output_prefix=tmp_path / "a", tokenizer_model=tokenizer_folder, workers=1)
     run(config)
     (tmp_path / "a.parts" / "000000").mkdir(parents=True)
+    write_json(tmp_path / "a.parts" / "plan.json", {"settings": {}})
     before = outputs_of_files(tmp_path)
     run(config)
     assert not (tmp_path / "a.parts").exists()

@@ -218,6 +218,18 @@ def test_errors_name_what_is_wrong(two: tuple[Path, Path], tmp_path: Path) -> No
     assert (tmp_path / "m.bin").read_bytes() == b"precious"
 
 
+def test_a_folder_of_another_tool_is_neither_used_nor_removed(two: tuple[Path, Path], tmp_path: Path) -> None:
+    (mine := tmp_path / "m.parts").mkdir()
+    (mine / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"m.parts holds mine.txt and no plan.json of a run"):
+        merge(tmp_path / "m", *two)
+    mine.rename(tmp_path / "away")
+    done = merge(tmp_path / "m", *two)
+    (tmp_path / "away").rename(mine)
+    assert merge(tmp_path / "m", *two) == done
+    assert [file.name for file in mine.iterdir()] == ["mine.txt"]
+
+
 def test_two_runs_at_one_prefix_are_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     with locked(tmp_path / "m.parts"), pytest.raises(ConfigError, match="another run is writing"):
         merge(tmp_path / "m", *two)

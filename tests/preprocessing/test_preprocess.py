@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -246,6 +247,36 @@ def test_files_of_another_tool_are_never_overwritten(tmp_path: Path, corpus: Pat
     with pytest.raises(InputError, match=r"a_text_document.bin exists already and has no manifest"):
         preprocess(corpus, tmp_path / "a", tokenizer_folder)
     assert (tmp_path / "a_text_document.bin").read_bytes() == b"precious"
+    (tmp_path / "b_text_document.rejects.jsonl").write_bytes(b"precious")
+    with pytest.raises(InputError, match=r"b_text_document.rejects.jsonl exists already and has no manifest"):
+        preprocess(corpus, tmp_path / "b", tokenizer_folder)
+
+
+def test_a_folder_of_another_tool_is_neither_used_nor_removed(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    mine = [tmp_path / name for name in ("a.parts/mine.jsonl", "a.fingerprints/mine.json")]
+    for file in mine:
+        file.parent.mkdir()
+        file.write_bytes(b"precious")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"a.parts holds mine.jsonl and no plan.json of a run, so it is not this tool's"):
+            preprocess(corpus, tmp_path / "a", tokenizer_folder)
+    assert [file.name for file in mine[0].parent.iterdir()] == ["mine.jsonl"]
+    mine[0].parent.rename(tmp_path / "away")
+    preprocess(corpus, tmp_path / "a", tokenizer_folder)
+    (tmp_path / "away").rename(mine[0].parent)
+    preprocess(corpus, tmp_path / "a", tokenizer_folder)
+    assert [[file.name for file in one.parent.iterdir()] for one in mine] == [["mine.jsonl"], ["mine.json"]]
+
+
+def test_an_output_within_the_input_is_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    (folder := tmp_path / "corpus").mkdir()
+    shutil.copy(corpus, folder)
+    for given in (folder, folder / "*"):
+        with pytest.raises(ConfigError, match=r"output .*/corpus/a_text_document.bin lies in the input .*/corpus"):
+            preprocess(given, folder / "a", tokenizer_folder)
+    assert [file.name for file in folder.iterdir()] == [corpus.name]
+    preprocess(folder, tmp_path / "corpus", tokenizer_folder)  # beside the folder, with its name
+    preprocess(folder / "*.jsonl", folder / "a", tokenizer_folder)
 
 
 def test_the_stage_loads_neither_torch_nor_transformers() -> None:

@@ -183,18 +183,6 @@ def test_no_text_is_lost_in_many_runs_with_faults(bench: Any, runs: int) -> None
         assert calm == faulty, "deaths and kills change nothing"
 
 
-def test_leftovers_of_other_settings_are_not_taken(bench: Any, synthesize: Callable[..., tuple[int, str]]) -> None:
-    corpus = bench.corpus(18)
-    bench.script(dead_after=9)
-    assert synthesize(corpus, "killed", restarts=0, **SETTINGS)[0] == 5
-    assert list((bench.folder / "killed" / "shards").glob("*.journal"))
-    bench.script()
-    for output in ("killed", "calm"):
-        status, printed = synthesize(corpus, output, rounds=2)
-        assert (status, "Leftovers of an unfinished run" in printed) == (0, output == "killed")
-    assert bench.outputs("killed") == bench.outputs("calm")
-
-
 def test_a_torn_last_line_of_a_journal_is_asked_again(bench: Any, synthesize: Callable[..., tuple[int, str]]) -> None:
     corpus, log = bench.corpus(6), bench.folder / "log"
     assert synthesize(corpus, "calm", **SETTINGS)[0] == 0

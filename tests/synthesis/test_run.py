@@ -232,14 +232,6 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(bench: Any, sy
     assert bench.outputs("out") == before
 
 
-def test_files_of_others_are_not_overwritten(bench: Any, synthesize: Synthesize) -> None:
-    (bench.folder / "out").mkdir()
-    (bench.folder / "out" / "examples.jsonl").write_text("precious")
-    status, printed = synthesize(bench.corpus(2))
-    assert (status, "exists already" in printed) == (3, True)
-    assert (bench.folder / "out" / "examples.jsonl").read_text() == "precious"
-
-
 @pytest.mark.parametrize(
     ("settings", "status", "message"),
     [

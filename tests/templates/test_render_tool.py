@@ -151,6 +151,7 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start, cap
     assert contents(out) == contents(tmp_path / "calm")
     assert f"{len(finished)} of " in capsys.readouterr().out and finished, "the last run went on with these"
     write_json(out / "parts" / "000000" / "summary.json", {})
+    write_json(out / "parts" / "plan.json", {"settings": {}})
     (out / "lock").touch()
     assert main(["--input", str(examples), "--output-dir", str(out)]) == 0, "killed before it had cleared up"
     assert contents(out) == contents(tmp_path / "calm")
@@ -261,6 +262,33 @@ def test_a_folder_of_other_files_is_never_written_to(tmp_path: Path, synthesis: 
     assert (tmp_path / "out" / "augmented.jsonl").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     render_to(tmp_path / "empty", synthesis)
+
+
+def test_what_others_keep_in_parts_stays(tmp_path: Path, synthesis: Path) -> None:
+    write_examples(mine := tmp_path / "out" / "parts" / "mine.jsonl", 3)
+    before = mine.read_bytes()
+    (tmp_path / "out" / "lock").touch()  # as a run leaves it that was killed before it had parts
+    with pytest.raises(InputError, match=r"parts holds mine.jsonl and no plan.json of a run"):
+        render_to(tmp_path / "out", synthesis)
+    mine.rename(tmp_path / "mine.jsonl")
+    (tmp_path / "out" / "rejects.jsonl").write_text("precious")
+    with pytest.raises(InputError, match=r"rejects.jsonl exists already"):
+        render_to(tmp_path / "out", synthesis)
+    (tmp_path / "out" / "rejects.jsonl").unlink()
+    render_to(tmp_path / "out", synthesis)
+    mine.parent.mkdir()
+    (tmp_path / "mine.jsonl").rename(mine)
+    (tmp_path / "out" / "lock").touch()
+    render_to(tmp_path / "out", synthesis)
+    assert mine.read_bytes() == before
+
+
+def test_an_output_that_the_input_takes_in_is_refused(tmp_path: Path, synthesis: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output .*synthesis/out lies in the input .*/\*\*/\*.jsonl"):
+        render_to(synthesis / "out", synthesis / "**" / "*.jsonl")
+    assert not (synthesis / "out").exists()
+    render_to(synthesis / "out", synthesis)  # of a folder, files of another name are read
+    render_to(synthesis / "out", synthesis)
 
 
 def test_languages_and_banks_of_ones_own(tmp_path: Path, synthesis: Path, capsys: pytest.CaptureFixture[str]) -> None:

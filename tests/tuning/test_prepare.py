@@ -14,6 +14,7 @@ from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
 from megatron_instruct.records import InstructionPair, OneShotExample
 from megatron_instruct.synthesis.prompts import load_prompts
 from megatron_instruct.tokenizer import load_tokenizer
+from megatron_instruct.tuning.questions import main as make_questions
 from megatron_instruct.tuning.run import main
 from tests.tuning.conftest import lines, row, write_rows
 
@@ -174,3 +175,27 @@ def test_names_that_become_one_file_are_refused(tmp_path: Path, synthesizer_toke
     corpus = write_rows(tmp_path / "rows.jsonl", [row(1, "a/b"), row(2, "a b")])
     assert prepare(corpus, tmp_path / "out", synthesizer_tokenizer) == 3
     assert "a_b.jsonl" in capsys.readouterr().err
+
+
+def test_documents_of_others_are_kept(tmp_path: Path, synthesizer_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    mine = write_rows(out / "documents" / "mine.jsonl", [row(1, "bugs")])
+    for _ in range(2):
+        assert prepare(mine, out, synthesizer_tokenizer) == 3
+        assert f"{out / 'documents'} exists already and has no manifest" in capsys.readouterr().err
+    assert [str(path.relative_to(out)) for path in sorted(out.rglob("*"))] == ["documents", "documents/mine.jsonl"]
+    mine = mine.rename(out / "mine.jsonl")
+    mine.with_name("documents").rmdir()
+    assert prepare(mine, out, synthesizer_tokenizer) == 0
+    (out / "manifest.json").unlink()  # as a run leaves it that was killed before its manifest
+    assert prepare(mine, out, synthesizer_tokenizer) == 0
+    assert len(lines(out / "documents" / "bugs.jsonl")) == 1
+
+
+def test_an_output_within_the_input_is_refused(tmp_path: Path, synthesizer_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "rows" / "a.jsonl", [row(1, "bugs")])
+    assert prepare(tmp_path / "rows", tmp_path / "rows" / "out", synthesizer_tokenizer) == 2
+    assert f"lies in the input {tmp_path / 'rows'}" in capsys.readouterr().err
+    assert make_questions(["--input", str(tmp_path / "rows" / "*.jsonl"), "--output-dir", str(tmp_path / "rows")]) == 2
+    assert "lies in the input" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
