@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,20 @@ def states_of(files: Sequence[Path]) -> list[State]:
     return list(map(_state, files))
 
 
-def require_unchanged(files: Sequence[Path], before: Sequence[State]) -> None:
-    """Raise InputError that names a file that is not as it was. before: their states then."""
-    for file, then in zip(files, before, strict=True):
-        if _state(file) != then:
-            raise InputError(f"input {file} changed while it was read; run the same command again.")
+@contextlib.contextmanager
+def unchanged(files: Sequence[Path], before: Sequence[State], parts: Iterable[Path]) -> Iterator[None]:
+    """Raise InputError that names a file which is not as it was when the block ends; what it was made into meanwhile is removed then.
+
+    before: the states of the files. parts: folders that the block may have made of them.
+    """
+    try:
+        yield
+    finally:
+        for file, then in zip(files, before, strict=True):
+            if not file.is_file() or _state(file) != then:
+                for part in parts:
+                    shutil.rmtree(part, ignore_errors=True)
+                raise InputError(f"input {file} changed while it was read; run the same command again.")
 
 
 def _batches(files: Sequence[Path]) -> list[list[Path]]:

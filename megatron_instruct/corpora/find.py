@@ -14,6 +14,7 @@ from typing import Any
 from megatron_instruct.corpora.formats import FORMATS, format_of
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import read_json
+from megatron_instruct.workspace import plan_of
 
 REJECTS = "rejects.jsonl"
 """End of the names of files that hold what a stage set aside."""
@@ -30,14 +31,34 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     repeated: list[str] = []
     for given in inputs:
-        for file in _resolve(given):
+        files = _resolve(given)
+        if files != [Path(given)]:
+            _require_finished(files)
+        for file in files:
             first = found.setdefault(file.resolve(), file)
             if first is not file:
                 repeated.append(f"{file} (as {first})" if file != first else str(file))
+        _require_names(files)
     if repeated:
         more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
         print(f"Input files named twice are read once: {', '.join(repeated[:3])}{more}.")
     return list(found.values())
+
+
+def _require_finished(files: Iterable[Path]) -> None:
+    """Raise InputError where a folder or a pattern takes in what an unfinished run holds: parts, which its result holds once more."""
+    for folder in sorted({above for file in files for above in (file.parent, file.parent.parent)}):
+        if plan_of(folder) is not None:
+            raise InputError(f"{folder} is unfinished work of a run: let its command finish it, or name the files that are to be read.")
+
+
+def _require_names(files: Iterable[Path]) -> None:
+    """Raise InputError where a name cannot be written down in a manifest."""
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"input {str(file)!r}: the name is not UTF-8, so that no manifest could hold it; rename the file.") from None
 
 
 def require_outside(inputs: Iterable[str], output: Path, files: Sequence[str] = ()) -> None:
@@ -73,6 +94,8 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _resolve(given: str) -> list[Path]:
+    if not given:
+        raise InputError("an input is empty, as a variable that is not set would be; name a file, a folder or a pattern.")
     path = Path(given)
     if path.is_dir():
         return _of_folder(path)

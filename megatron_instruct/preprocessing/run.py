@@ -19,7 +19,7 @@ from megatron_instruct.corpora.parts import Part, total_lines, usual_parts
 from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import Team, started_team
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.fingerprints import forget, require_unchanged, shared_records, states_of
+from megatron_instruct.fingerprints import State, forget, shared_records, states_of, unchanged
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, read_manifest, write_manifest
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import DocumentMaker, RenderOptions, render_options
@@ -44,6 +44,8 @@ class _Job:
     tokenizer: Tokenizer
     render: RenderOptions
     files: Sequence[Path]
+    states: Sequence[State]
+    """Of the files, before any was read."""
     inputs: tuple[FileRecord, ...]
     parts: Sequence[Part]
     settings: Mapping[str, Any]
@@ -84,7 +86,6 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
         forget(_fingerprints(config))
         return done
     require_own(job.folder)
-    before = states_of(job.files)
     share = parse_share(config.share)
 
     def prepare(alone: bool) -> _Plan | dict[str, Manifest]:
@@ -96,8 +97,8 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
             done = place.prepared
         else:
             plan = place.prepared
-            _encode(job, plan)
-            require_unchanged(job.files, before)
+            with unchanged(job.files, job.states, plan.left), team:
+                _encode(job, plan)
             if share is not None:
                 print(f"Share {share}: all its parts are encoded. When every share's are, the same command without --share merges them.")
                 return {}
@@ -123,6 +124,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
             f"prepend_bos, but {config.tokenizer_model} names no bos_token; leave it out, or use the synthesizer's tokenizer."
         )
     files = find_files(config.input)
+    states = states_of(files)
     with closing(ThreadPool(1)) as pool:  # whose thread nothing waits for where this one is interrupted
         parts = pool.apply_async(usual_parts, (files, config.partitions))  # this and the next read every file
         inputs = shared_records(files, _fingerprints(config), parse_share(config.share))
@@ -132,6 +134,7 @@ def _resolve(config: PreprocessConfig) -> _Job:
         tokenizer=tokenizer,
         render=render_options(seed=config.seed, language=config.language, bank=config.bank, extend_bank=config.extend_bank),
         files=files,
+        states=states,
         inputs=inputs,
         parts=parts.get(),
         settings={**config.deciding(), "tokenizer": tokenizer.fingerprint},

@@ -19,8 +19,8 @@ from megatron_instruct.corpora.parts import total_lines, usual_parts
 from megatron_instruct.corpora.read import find_files, require_outside
 from megatron_instruct.corpora.workers import started_team
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import LOCK, concatenate, locked
-from megatron_instruct.fingerprints import require_unchanged, states_of
+from megatron_instruct.files import LOCK, TEMPORARY_SUFFIX, concatenate, locked
+from megatron_instruct.fingerprints import State, states_of, unchanged
 from megatron_instruct.manifest import FileRecord, Manifest, check_stage_outputs, finished, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.templates.bank import Bank, load_bank, shipped_bank
@@ -56,8 +56,7 @@ def run(config: RenderConfig) -> Manifest:
         with locked(config.output_dir):
             manifest = finished(place, stage=STAGE, settings=settings, inputs=inputs)  # another run may have ended meanwhile
             if manifest is None:
-                folders = _render_parts(files, bank, config, settings, inputs)
-                require_unchanged(files, before)
+                folders = _render_parts(files, bank, config, settings, inputs, before)
                 manifest = _put_together(folders, bank, config, settings, inputs)
                 write_manifest(place, manifest)
             _remove_work(config.output_dir)
@@ -81,8 +80,10 @@ def _examples_of(given: str) -> str:
 
 
 def _require_free(folder: Path) -> None:
-    """Refuse a folder with files that no run of this stage left there; one that did has left its lock."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).is_file():
+    """Refuse a folder with files that no run of this stage left there; one that did has left its lock, and nothing but its own."""
+    own = {LOCK, PARTS, *(name + suffix for name in (AUGMENTED, REJECTS, MANIFEST) for suffix in ("", TEMPORARY_SUFFIX))}
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if found and not {LOCK} <= found <= own:
         raise InputError(f"{folder} holds files and no {MANIFEST}, so they are not of this stage; choose another output_dir or remove it.")
 
 
@@ -108,9 +109,17 @@ def _put_together(
 
 
 def _render_parts(
-    files: Sequence[Path], bank: Bank, config: RenderConfig, settings: Mapping[str, Any], inputs: Sequence[FileRecord]
+    files: Sequence[Path],
+    bank: Bank,
+    config: RenderConfig,
+    settings: Mapping[str, Any],
+    inputs: Sequence[FileRecord],
+    states: Sequence[State],
 ) -> list[Path]:
-    """Render the parts that are not rendered yet; return the folders of all parts in the order of the input."""
+    """Render the parts that are not rendered yet; return the folders of all parts in the order of the input.
+
+    states: of the files, before they were read.
+    """
     parts = usual_parts(files)
     plan = {
         "settings": settings,
@@ -131,6 +140,7 @@ def _render_parts(
     )
     if left:
         with (
+            unchanged(files, states, left),
             Progress(STAGE, total=total_lines(left.values()), unit="examples") as progress,
             started_team(min(config.workers, len(left)), RenderJob) as team,
         ):

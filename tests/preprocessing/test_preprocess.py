@@ -312,3 +312,28 @@ def test_an_interruption_does_not_wait_for_the_input_to_be_cut(
         assert not end.is_set()
     finally:
         end.set()
+
+
+@pytest.mark.parametrize("when", ["while it is fingerprinted", "while it is encoded"])
+def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_before(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    before = corpus.read_bytes()
+    preprocess(corpus, tmp_path / "calm" / "a", tokenizer_folder)
+    step = "shared_records" if when == "while it is fingerprinted" else "take_up"
+    module = importlib.import_module("megatron_instruct.preprocessing.run")
+    work = getattr(module, step)
+
+    def changing(*arguments: Any, **more: Any) -> Any:
+        done = work(*arguments, **more)
+        corpus.write_bytes(before.replace(b"a", b"A"))
+        return done
+
+    monkeypatch.setattr(module, step, changing)
+    with pytest.raises(InputError, match="changed while it was read; run the same command again"):
+        preprocess(corpus, tmp_path / "out" / "a", tokenizer_folder, on_error="reject")
+    monkeypatch.undo()
+    corpus.write_bytes(before)
+    preprocess(corpus, tmp_path / "out" / "a", tokenizer_folder, on_error="reject")
+    for name in ("a_text_document.bin", "a_text_document.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,40 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out" / "augmented.jsonl").exists()
     monkeypatch.undo()
     assert render_to(tmp_path / "out", examples).counts["documents"] == 6
+
+
+def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = write_examples(tmp_path / "examples.jsonl", 5)
+    before = examples.read_bytes()
+    render_to(tmp_path / "calm", examples)
+
+    def cut(files: Sequence[Path]) -> list[Part]:
+        parts = usual_parts(files)
+        examples.write_bytes(before.replace(b"question", b"QUESTION").replace(b"Question", b"QUESTION"))
+        return parts
+
+    monkeypatch.setattr("megatron_instruct.templates.run.usual_parts", cut)
+    with pytest.raises(InputError, match=r"examples.jsonl changed while it was read"):
+        render_to(tmp_path / "out", examples)
+    monkeypatch.undo()
+    examples.write_bytes(before)
+    render_to(tmp_path / "out", examples)
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+
+
+def test_an_unfinished_synthesis_is_neither_read_nor_written_to(tmp_path: Path, synthesis: Path) -> None:
+    work = synthesis / "shards" / "000000"
+    work.mkdir(parents=True)
+    shutil.copy(synthesis / "examples.jsonl", work)
+    (synthesis / "lock").touch()
+    (work.parent / "plan.json").write_text('{"settings": {}}')
+    with pytest.raises(InputError, match=r"shards is unfinished work of a run: let its command finish it, or name the files"):
+        render_to(tmp_path / "out", synthesis)
+    (synthesis / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"holds files and no manifest\.json, so they are not of this stage"):
+        render_to(synthesis, synthesis / "examples.jsonl")
+    assert (synthesis / "lock").exists()
+    assert render_to(tmp_path / "out", synthesis / "examples.jsonl").counts["documents"] > 0
 
 
 def finished_parts(folder: Path) -> list[Path]:
