@@ -15,6 +15,7 @@ import tokenizers
 from megatron_instruct.manifest import read_manifest
 
 COMPLETION = "<QUE> What is entry {id}? <ANS> It is about a bug. </END>\n\n<QUE> Which bug is told of? <ANS> The bug number one. </END>"
+VLLMS = {"data": [{"id": "synthesizer", "max_model_len": 8192, "owned_by": "vllm"}]}
 Synthesize = Callable[..., tuple[int, str]]
 
 
@@ -30,7 +31,6 @@ class Server(ThreadingHTTPServer):
         """By text id: what its next requests meet, one after the other."""
         self.models: Any = {"data": [{"id": "synthesizer", "max_model_len": 8192}]}
         self.seen: list[dict[str, Any]] = []
-        self.is_vllm = False
 
     def handle_error(self, *_: object) -> None:
         """A client that gave up waiting is part of the tests."""
@@ -50,8 +50,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._answer(200, self.server.models)
-        elif self.path == "/version" and self.server.is_vllm:
-            self._answer(200, {"version": "0.32.0"})
         else:
             self._answer(404, {"detail": "Not Found"})
 
@@ -216,7 +214,7 @@ def test_forced_forms_are_refused_where_the_server_is_not_vllms(bench: Any, synt
     own.write_text(json.dumps(form))
     status, printed = synthesize(bench.corpus(2), **settings(server, prompt_format=own))
     assert (status, "is not vLLM's" in printed) == (2, True), printed
-    server.is_vllm = True
+    server.models = VLLMS
     assert synthesize(bench.corpus(2), **settings(server, prompt_format=own))[0] == 0
     assert "<QUE>" in server.seen[0]["structured_outputs"]["grammar"]
 
@@ -228,6 +226,24 @@ def test_prompts_can_go_out_as_text_and_draws_have_seeds_of_their_own(bench: Any
     assert first["prompt"].startswith(" <CON> Entry t000"), "servers add BOS themselves"
     assert len({body["seed"] for body in server.seen}) == 4
     assert first["repetition_penalty"] == 1.1
+
+
+@pytest.mark.parametrize(
+    ("models", "penalty", "more"),
+    [
+        ({"data": [{"id": "synthesizer"}]}, 1.0, {}),
+        ({"data": [{"id": "synthesizer"}]}, 1.5, {"repetition_penalty": 1.5}),
+        (VLLMS, 1.0, {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0}),
+        (VLLMS, 1.5, {"repetition_penalty": 1.5, "top_k": -1, "min_p": 0.0}),
+    ],
+)
+def test_what_decides_an_answer_is_sent_and_not_left_to_the_server(
+    bench: Any, synthesize: Synthesize, server: Server, models: Any, penalty: float, more: dict[str, float]
+) -> None:
+    server.models = models
+    assert synthesize(bench.corpus(1), **settings(server, temperature=0.7, repetition_penalty=penalty))[0] == 0
+    sent = {name: value for name, value in server.seen[0].items() if name not in ("model", "prompt", "max_tokens", "seed")}
+    assert sent == {"temperature": 0.7, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, **more}
 
 
 def test_a_model_that_only_the_server_has_needs_a_tokenizer_here(bench: Any, synthesize: Synthesize, server: Server) -> None:

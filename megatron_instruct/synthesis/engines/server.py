@@ -21,6 +21,8 @@ _TRIES = 6
 """Times that a busy or failing server is asked, with pauses of 0.5, 1, 2, 4 and 8 seconds between, or of what it asks for itself."""
 _LONGEST_PAUSE = 60.0
 """Seconds."""
+_ALL_TOKENS = -1
+"""vLLM's top_k that leaves no token out, in every version (0 does so in newer ones)."""
 
 
 class ServerEngine:
@@ -37,8 +39,11 @@ class ServerEngine:
         key = os.environ.get(settings.server_key_variable) or "none"
         self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=settings.request_timeout, max_retries=0)
         self._model = self._find_model()
-        if settings.structured:
-            self._check_grammars()
+        if settings.structured and not self._model.by_vllm:
+            raise ConfigError(
+                f"the prompt format forces its form, and server {self._url} is not vLLM's (owned_by in its list of models), which alone "
+                "can do so; use another format."
+            )
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.server_prompt == "text" else None
         self.capacity = settings.in_flight or _CAPACITY
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -97,16 +102,22 @@ class ServerEngine:
         raise AssertionError("the last try returns")
 
     def _arguments(self, request: Request) -> dict[str, Any]:
+        """Return what is asked, with all that decides the answer: what is left out, a server takes from the model's generation_config."""
         settings, seed, extra = self._settings, seed_of(self._settings, request), dict[str, Any]()
-        if settings.repetition_penalty != 1:
+        if self._model.by_vllm:
+            extra = {"top_k": _ALL_TOKENS, "min_p": 0.0}
+        if self._model.by_vllm or settings.repetition_penalty != 1:  # other servers may refuse what OpenAI's does not know
             extra["repetition_penalty"] = settings.repetition_penalty
         if request.grammar is not None:
             extra["structured_outputs"] = {"grammar": request.grammar}
         return {
-            "model": self._model,
+            "model": self._model.name,
             "prompt": list(request.prompt) if self._tokenizer is None else self._text(request.prompt),
             "max_tokens": request.max_new_tokens,
             "temperature": settings.temperature,
+            "top_p": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "extra_body": extra,
             **({} if seed is None else {"seed": seed}),
         }
@@ -129,8 +140,8 @@ class ServerEngine:
             raise _Garbage(f"the server ended the completion with finish_reason={reason!r}, text {_shortened(text)}")
         return Completion(text=text, tokens=tokens, stopped=reason == "stop", cached=cached)
 
-    def _find_model(self) -> str:
-        """Return the name of the model to ask; also the first sign of life."""
+    def _find_model(self) -> "_Model":
+        """Return the model to ask; also the first sign of life."""
         models = {one.name: one for one in self._models()}
         wanted = self._settings.server_model
         if wanted is None:
@@ -145,7 +156,7 @@ class ServerEngine:
             raise ConfigError(
                 f"max_model_len={self._settings.max_model_len} is above the {longest} tokens of the server's {wanted}; lower it."
             )
-        return wanted
+        return models[wanted]
 
     def _models(self) -> "list[_Model]":
         """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
@@ -155,7 +166,7 @@ class ServerEngine:
             assert pause is not None, "without end"
             try:
                 value = _json(self._client.models.with_raw_response.list(timeout=min(self._settings.request_timeout, 30)))
-                return [_Model(str(one["id"]), one.get("max_model_len")) for one in value["data"]]
+                return [_Model(str(one["id"]), one.get("max_model_len"), one.get("owned_by") == "vllm") for one in value["data"]]
             except openai.APIStatusError as error:
                 if error.status_code < 500:
                     raise ConfigError(f"server {self._url} answered {error.status_code}: {_shortened(error.message)}{_HINT}") from error
@@ -169,17 +180,6 @@ class ServerEngine:
             time.sleep(pause)
         raise AssertionError("pauses do not end")
 
-    def _check_grammars(self) -> None:
-        """Only vLLM's own server follows grammars; others would leave them out without a word."""
-        import httpx
-
-        try:
-            self._client.get(self._url.removesuffix("/v1") + "/version", cast_to=httpx.Response)
-        except self._openai.APIStatusError as error:
-            raise ConfigError(
-                f"the prompt format forces its form, and server {self._url} is not vLLM's, which alone can do so; use another format."
-            ) from error
-
 
 _HINT = "; start one, such as `vllm serve MODEL`, or mend --server-url (it ends with /v1) or the key."
 
@@ -189,6 +189,8 @@ class _Model:
     name: str
     max_model_len: int | None
     """Tokens, where the server says it."""
+    by_vllm: bool
+    """Its server is vLLM's, which names itself as the owner."""
 
 
 class _Garbage(Exception):
