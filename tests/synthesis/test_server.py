@@ -254,6 +254,24 @@ def test_a_model_that_only_the_server_has_needs_a_tokenizer_here(bench: Any, syn
     assert pair["provenance"]["synthesizer"] == "synthesizer@served"
 
 
+@pytest.mark.parametrize(("name", "first", "second"), [("server_model", "m1", "m2"), ("server_prompt", "ids", "text")])
+def test_answers_of_two_models_or_forms_of_prompts_are_never_mixed(
+    bench: Any, synthesize: Synthesize, server: Server, name: str, first: str, second: str
+) -> None:
+    server.models = {"data": [{"id": "m1"}, {"id": "m2"}]}
+    one, other = ({"server_model": "m1", "in_flight": 1, name: value} for value in (first, second))
+    corpus = bench.corpus(4)
+    server.behaviour = {"t002": ["gone"] * 3}
+    assert synthesize(corpus, rounds=1, **settings(server, **one))[0] == 5, "t000 and t001 are in the journal"
+    server.seen.clear()
+    assert synthesize(corpus, rounds=1, **settings(server, **other))[0] == 0
+    assert len(server.seen) == 4, "and are asked again"
+    status, printed = synthesize(corpus, rounds=1, **settings(server, **one))
+    assert (status, f"made with {name}={second!r}, and this run asks for {name}={first!r}" in printed) == (2, True), printed
+    synthesize(corpus, "scripted")
+    assert not {"server_model", "server_prompt"} & read_manifest(bench.folder / "scripted" / "manifest.json").settings.keys()
+
+
 def test_a_url_and_its_engine_belong_together(bench: Any, synthesize: Synthesize) -> None:
     for given in ({"engine": "server"}, {"server_url": "http://localhost:8000/v1"}):
         status, printed = synthesize(bench.corpus(2), **given)
