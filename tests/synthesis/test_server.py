@@ -80,8 +80,23 @@ class Handler(BaseHTTPRequestHandler):
     def _garbage(self, _: str) -> None:
         self._answer(200, None, raw=b"<html>Bad gateway</html>")
 
+    def _deep(self, _: str) -> None:
+        self._answer(200, None, raw=b"[" * 200_000)
+
     def _foreign(self, _: str) -> None:
         self._answer(200, {"choices": []})
+
+    def _endless(self, _: str) -> None:
+        self._answer(200, {"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"completion_tokens": float("inf")}})
+
+    def _nan_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "nan"})
+
+    def _inf_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "inf"})
+
+    def _past_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "-5"})
 
     def _aborted(self, name: str) -> None:
         self._well(name, finish_reason="abort")
@@ -159,6 +174,26 @@ def test_what_fails_is_asked_again_and_only_what_fails_for_good_is_set_aside(ben
     assert "this prompt is not liked" in failed["t002"]
     assert pairs(bench) == {f"t{n:03d}": 0 if f"t{n:03d}" in failed else 2 for n in range(10)}
     assert "request failed 4" in printed
+
+
+def test_no_answer_ends_the_thread_that_asked(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t000": ["deep"], "t001": ["endless"], "t002": ["nan_pause", "inf_pause", "past_pause"]}
+    status, printed = synthesize(bench.corpus(4), rounds=1, retries=0, **settings(server))
+    assert status == 0, printed
+    failed = {row["id"]: row["detail"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed"}
+    assert failed.keys() == {"t000", "t001"}
+    assert failed["t000"].startswith("the server's answer is no JSON: [[[")
+    assert failed["t001"].startswith("the server's answer is no completion (OverflowError: ")
+    assert "Infinity" in failed["t001"]
+
+
+def test_a_mistake_of_ours_ends_the_run(bench: Any, synthesize: Synthesize, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: object) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("megatron_instruct.synthesis.engines.server.seed_of", mistake)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        synthesize(bench.corpus(4), **settings(server))
 
 
 def test_a_server_that_goes_away_is_waited_for(bench: Any, synthesize: Synthesize, server: Server) -> None:

@@ -4,6 +4,7 @@ Requests go out side by side, each in a thread. One that fails, times out or is 
 again after a pause; a server that refuses connections is waited for, and is dead when it stays away. No answer is believed unseen.
 """
 
+import math
 import os
 import queue
 import threading
@@ -47,7 +48,7 @@ class ServerEngine:
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.server_prompt == "text" else None
         self.capacity = settings.in_flight or _CAPACITY
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._answered: queue.SimpleQueue[tuple[Request, Completion | EngineError]] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[tuple[Request, Completion | Exception]] = queue.SimpleQueue()
         self._serving, self._lock = self.capacity, threading.Lock()
         for _ in range(self.capacity):
             threading.Thread(target=self._serve, daemon=True).start()
@@ -59,7 +60,7 @@ class ServerEngine:
         finished: list[tuple[Request, Completion]] = []
         while not finished or not self._answered.empty():
             request, answer = self._answered.get()
-            if isinstance(answer, EngineError):
+            if isinstance(answer, Exception):
                 raise answer
             finished.append((request, answer))
         return finished
@@ -74,10 +75,9 @@ class ServerEngine:
     def _serve(self) -> None:
         while (request := self._asked.get()) is not None:
             try:
-                answer: Completion | EngineError = self._ask(request)
-            except EngineError as error:
-                answer = error
-            self._answered.put((request, answer))
+                self._answered.put((request, self._ask(request)))
+            except Exception as error:  # poll raises it, a mistake of ours too: nobody would hear of it here
+                self._answered.put((request, error))
         with self._lock:
             self._serving -= 1
             if not self._serving:
@@ -134,10 +134,10 @@ class ServerEngine:
             text, reason, usage = choice["text"], choice["finish_reason"], value.get("usage") or {}
             tokens = int(usage["completion_tokens"])
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_shortened(value)}") from error
+        except Exception as error:  # an answer may be anything, and fails its own request alone
+            raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_content(response)}") from error
         if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise _Garbage(f"the server ended the completion with finish_reason={reason!r}, text {_shortened(text)}")
+            raise _Garbage(f"the server ended the completion with finish_reason={_shortened(reason)}, text {_shortened(text)}")
         return Completion(text=text, tokens=tokens, stopped=reason == "stop", cached=cached)
 
     def _find_model(self) -> "_Model":
@@ -152,7 +152,7 @@ class ServerEngine:
         if wanted not in models:
             raise ConfigError(f"server {self._url} has no model {wanted!r}{did_you_mean(wanted, models)}")
         longest = models[wanted].max_model_len
-        if longest is not None and longest < self._settings.max_model_len:
+        if isinstance(longest, int) and longest < self._settings.max_model_len:
             raise ConfigError(
                 f"max_model_len={self._settings.max_model_len} is above the {longest} tokens of the server's {wanted}; lower it."
             )
@@ -200,8 +200,13 @@ class _Garbage(Exception):
 def _json(response: Any) -> Any:
     try:
         return response.http_response.json()
-    except ValueError as error:
-        raise _Garbage(f"the server's answer is no JSON: {_shortened(response.http_response.text)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _Garbage(f"the server's answer is no JSON: {_content(response)}") from error
+
+
+def _content(response: Any) -> str:
+    """Return the beginning of an answer, whatever it is."""
+    return _shortened(response.http_response.content.decode(errors="replace"))
 
 
 def _pauses(*, endless: bool = False) -> Iterator[float | None]:
@@ -214,12 +219,12 @@ def _pauses(*, endless: bool = False) -> Iterator[float | None]:
 
 
 def _asked_pause(error: Any) -> float | None:
-    """Return the seconds that the server asks to wait, where it says so in a number."""
+    """Return the seconds that the server asks to wait, where it says so in a finite number that is not negative."""
     try:
         pause = float(error.response.headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(max(pause, 0.0), _LONGEST_PAUSE)
+    return min(pause, _LONGEST_PAUSE) if 0.0 <= pause < math.inf else None
 
 
 def _cause(error: Exception) -> str:
