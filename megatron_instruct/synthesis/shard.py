@@ -198,7 +198,7 @@ def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking,
 
 def _answered(question: str, completion: str, format_: PromptFormat) -> Parsed:
     """Return the question with the answer that the completion begins with; cut off at the limit of new tokens, it is taken as it is."""
-    answer = read_answer(completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), format_.pair)
+    answer = read_answer(completion, format_.pair)
     if not answer:
         return Parsed(pairs=(), dropped=(Dropped(reason="empty completion", content=completion),))
     return Parsed(pairs=(InstructionPair(question=question, answer=answer),), dropped=())

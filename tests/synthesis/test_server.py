@@ -77,6 +77,12 @@ class Handler(BaseHTTPRequestHandler):
     def _refused(self, _: str) -> None:
         self._answer(400, {"message": "this prompt is not liked"})
 
+    def _half(self, name: str) -> None:
+        self._well(name, text="<QUE> Which bug \ud83d is told of? <ANS> The bug number one. </END> \udc00")
+
+    def _refused_in_half(self, _: str) -> None:
+        self._answer(400, {"error": {"message": "bad \ud800 thing"}})
+
     def _garbage(self, _: str) -> None:
         self._answer(200, None, raw=b"<html>Bad gateway</html>")
 
@@ -185,6 +191,18 @@ def test_no_answer_ends_the_thread_that_asked(bench: Any, synthesize: Synthesize
     assert failed["t000"].startswith("the server's answer is no JSON: [[[")
     assert failed["t001"].startswith("the server's answer is no completion (OverflowError: ")
     assert "Infinity" in failed["t001"]
+
+
+def test_half_a_surrogate_pair_from_a_server_can_be_written(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t000": ["refused_in_half"], "t001": ["half"]}
+    status, printed = synthesize(bench.corpus(3), rounds=1, retries=0, **settings(server))
+    assert status == 0, printed
+    details = {row["id"]: row["detail"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed"}
+    assert list(details) == ["t000"]
+    assert "bad \ufffd thing" in details["t000"]
+    assert [row["content"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "incomplete pair"] == ["\ufffd"]
+    questions = [pair["question"] for row in bench.lines("out/examples.jsonl") for shot in row["shots"] for pair in shot["pairs"]]
+    assert "Which bug \ufffd is told of?" in questions
 
 
 def test_a_mistake_of_ours_ends_the_run(bench: Any, synthesize: Synthesize, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
