@@ -238,7 +238,7 @@ def test_no_server_at_all_is_one_clear_message(bench: Any, synthesize: Synthesiz
     status, printed = synthesize(bench.corpus(2), **url)
     assert status == 5
     assert "cannot be reached" in printed
-    assert "vllm serve MODEL" in printed
+    assert "python -m vllm.entrypoints.openai.api_server --model MODEL" in printed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Any running server with OpenAI's completions endpoint, such as `vllm serve`.
+"""Any running server with OpenAI's completions endpoint, such as vLLM's.
 
 Requests go out side by side, each in a thread. One that fails, times out or is answered with garbage fails alone; 429 and 5xx are asked
 again after a pause; a server that refuses connections is waited for, and is dead when it stays away. No answer is believed unseen.
@@ -181,7 +181,9 @@ class ServerEngine:
         raise AssertionError("pauses do not end")
 
 
-_HINT = "; start one, such as `vllm serve MODEL`, or mend --server-url (it ends with /v1) or the key."
+_HINT = (
+    "; start one, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`, or mend --server-url (it ends with /v1) or the key."
+)
 
 
 @dataclass(frozen=True, slots=True)
