@@ -2,7 +2,8 @@
 
 Comes in: a frozen, keyword-only dataclass (its docstrings become the help) and the command line. A field that is itself
 a dataclass is a named group in --help; its fields are flags without a prefix. Goes out: an instance of it.
-A YAML file holds the same names as the flags, with underscores, in one flat mapping. What neither knows is refused.
+A YAML file holds the same names as the flags, with underscores, in one flat mapping. What neither knows is refused, and so is a number
+that is not finite.
 Does not know: any stage. What a setting means is checked by the dataclass itself, in `__post_init__`.
 """
 
@@ -76,6 +77,7 @@ def parse[Config](config_type: type[Config], argv: Sequence[str], *, prog: str) 
         description=config_type.__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    _refuse_what_is_not_finite(command.stage)
     if command.print_config:
         print(as_yaml(command.stage), end="")
         return None
@@ -99,6 +101,14 @@ def _leaves(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
             yield from _leaves(value)
         else:
             yield field, value
+
+
+def _refuse_what_is_not_finite(config: object) -> None:
+    """NaN passes most comparisons that a stage makes, and infinity half of them."""
+    for name, value in flat(config).items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+            raise ConfigError(f"{name}={value} must be finite; give a number, or leave the setting out for its default.")
 
 
 def _plain(value: Any) -> Any:

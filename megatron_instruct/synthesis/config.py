@@ -29,7 +29,7 @@ class VllmSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """A running server with the completions endpoint of OpenAI, such as `vllm serve`. For engine=server."""
+    """A running server with the completions endpoint of OpenAI, such as vLLM's. For engine=server."""
 
     server_url: str | None = None
     """Where its interface begins, such as http://localhost:8000/v1."""

@@ -158,6 +158,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
     return {
         **chosen,
         **{name: key for name in ("question_key", "pairs_key") if (key := getattr(config, name)) is not None},
+        **{name: getattr(config.server, name) for name in ("server_model", "server_prompt") if config.engine == "server"},
         "prompt_format": prompt_format.fingerprint,
         "model": model,
         "tokenizer": model if same_folder else _fingerprint(config, config.tokenizer_folder, what="tokenizer"),

@@ -213,7 +213,7 @@ def _pairs(text: AskedText, completion: Completion, round_: int, asking: Asking,
 
 def _answered(question: str, completion: str, format_: PromptFormat) -> Parsed:
     """Return the question with the answer that the completion begins with; cut off at the limit of new tokens, it is taken as it is."""
-    answer = read_answer(completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), format_.pair)
+    answer = read_answer(completion, format_.pair)
     if not answer or "\0" in answer:
         reason = "NUL character" if answer else "empty completion"
         return Parsed(pairs=(), dropped=(Dropped(reason=reason, content=completion),))

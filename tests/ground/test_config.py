@@ -198,7 +198,7 @@ WORD = TEXT.filter(lambda text: not text.startswith("-"))
     keys=st.lists(WORD, max_size=3),
     limit=st.none() | st.integers(),
     weights=st.dictionaries(WORD, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
-    lr=st.floats(min_value=1e-300, allow_nan=False),
+    lr=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False),
     tie=st.none() | st.booleans(),
 )
 def test_any_settings_survive_the_way_through_yaml(tmp_path: Path, **values: Any) -> None:
@@ -248,6 +248,11 @@ def test_help_shows_groups_texts_types_and_defaults(capsys: pytest.CaptureFixtur
         ((*NEEDED, "--config"), "Missing value for argument '--config'"),
         ((*NEEDED, "--config", "a.yaml", "--config=b.yaml"), "--config is given 2 times: a.yaml, b.yaml"),
         ((*NEEDED, "--lr", 0), "lr=0.0 must be above 0."),
+        ((*NEEDED, "--lr", "nan"), "lr=nan must be finite; give a number, or leave the setting out for its default."),
+        ((*NEEDED, "--lr", "inf"), "lr=inf must be finite"),
+        ((*NEEDED, "--betas", 0.5, "-inf"), "betas=[0.5, -inf] must be finite"),
+        ((*NEEDED, "--weights", "web", "nan"), "weights={'web': nan} must be finite"),
+        ((*NEEDED, "--lr", "nan", "--print-config"), "lr=nan must be finite"),
     ],
 )
 def test_a_wrong_flag_is_one_message_that_names_it(capsys: pytest.CaptureFixture[str], arguments: Sequence[object], message: str) -> None:
@@ -280,6 +285,8 @@ def test_a_wrong_flag_is_one_message_that_names_it(capsys: pytest.CaptureFixture
         ("weights: {a: {b: 1}}", "{'b': 1} inside it is no plain value"),
         ("keys: [--batch-size]", "'--batch-size' begins with '-', so it would be read as a flag"),
         ("batch_size: four", "Error parsing --batch-size"),
+        ("lr: .nan", "lr=nan must be finite"),
+        ("weights: {web: .inf}", "weights={'web': inf} must be finite"),
     ],
 )
 def test_a_wrong_file_is_one_message_that_names_the_setting(

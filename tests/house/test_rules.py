@@ -45,7 +45,7 @@ def long_functions(files: Sequence[Path], limit: int) -> list[str]:
 
 
 def swallowed_exceptions(files: Sequence[Path]) -> list[str]:
-    """Report each bare `except`, and each of Exception or BaseException, that neither raises nor sends it to another process."""
+    """Report each bare `except`, and each of Exception or BaseException, that neither raises nor hands it to another process or thread."""
     return [
         f"{file}:{node.lineno}: a bare or broad except swallows what it caught"
         for file, node in nodes(files)
@@ -54,7 +54,7 @@ def swallowed_exceptions(files: Sequence[Path]) -> list[str]:
 
 
 def passes_on(node: ast.AST, caught: str | None) -> bool:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "send":
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("send", "put"):
         return any(isinstance(inner, ast.Name) and inner.id == caught for inner in ast.walk(node))
     return isinstance(node, ast.Raise)
 
@@ -155,6 +155,8 @@ BAD: list[tuple[Callable[[Sequence[Path]], list[str]], str, list[int]]] = [
     (swallowed_exceptions, "try:\n    a\nexcept (OSError, Exception) as error:\n    print(error)\n", [3]),
     (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    pipe.send('failed')\n", [3]),
     (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    pipe.send((False, f'{error}'))\n", []),
+    (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    queue.put(None)\n", [3]),
+    (swallowed_exceptions, "try:\n    a\nexcept Exception as error:\n    queue.put((1, error))\n", []),
     (swallowed_exceptions, "try:\n    a\nexcept BaseException:\n    b\n    raise\n", []),
     (swallowed_exceptions, "try:\n    a\nexcept OSError:\n    pass\n", []),
     (unfinished_work, "a\n# TODO later\n", [2]),

@@ -15,6 +15,7 @@ import tokenizers
 from megatron_instruct.manifest import read_manifest
 
 COMPLETION = "<QUE> What is entry {id}? <ANS> It is about a bug. </END>\n\n<QUE> Which bug is told of? <ANS> The bug number one. </END>"
+VLLMS = {"data": [{"id": "synthesizer", "max_model_len": 8192, "owned_by": "vllm"}]}
 Synthesize = Callable[..., tuple[int, str]]
 
 
@@ -30,7 +31,6 @@ class Server(ThreadingHTTPServer):
         """By text id: what its next requests meet, one after the other."""
         self.models: Any = {"data": [{"id": "synthesizer", "max_model_len": 8192}]}
         self.seen: list[dict[str, Any]] = []
-        self.is_vllm = False
 
     def handle_error(self, *_: object) -> None:
         """A client that gave up waiting is part of the tests."""
@@ -50,8 +50,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._answer(200, self.server.models)
-        elif self.path == "/version" and self.server.is_vllm:
-            self._answer(200, {"version": "0.32.0"})
         else:
             self._answer(404, {"detail": "Not Found"})
 
@@ -79,11 +77,32 @@ class Handler(BaseHTTPRequestHandler):
     def _refused(self, _: str) -> None:
         self._answer(400, {"message": "this prompt is not liked"})
 
+    def _half(self, name: str) -> None:
+        self._well(name, text="<QUE> Which bug \ud83d is told of? <ANS> The bug number one. </END> \udc00")
+
+    def _refused_in_half(self, _: str) -> None:
+        self._answer(400, {"error": {"message": "bad \ud800 thing"}})
+
     def _garbage(self, _: str) -> None:
         self._answer(200, None, raw=b"<html>Bad gateway</html>")
 
+    def _deep(self, _: str) -> None:
+        self._answer(200, None, raw=b"[" * 200_000)
+
     def _foreign(self, _: str) -> None:
         self._answer(200, {"choices": []})
+
+    def _endless(self, _: str) -> None:
+        self._answer(200, {"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"completion_tokens": float("inf")}})
+
+    def _nan_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "nan"})
+
+    def _inf_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "inf"})
+
+    def _past_pause(self, _: str) -> None:
+        self._answer(503, {}, **{"Retry-After": "-5"})
 
     def _aborted(self, name: str) -> None:
         self._well(name, finish_reason="abort")
@@ -163,6 +182,38 @@ def test_what_fails_is_asked_again_and_only_what_fails_for_good_is_set_aside(ben
     assert "request failed 4" in printed
 
 
+def test_no_answer_ends_the_thread_that_asked(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t000": ["deep"], "t001": ["endless"], "t002": ["nan_pause", "inf_pause", "past_pause"]}
+    status, printed = synthesize(bench.corpus(4), rounds=1, retries=0, **settings(server))
+    assert status == 0, printed
+    failed = {row["id"]: row["detail"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed"}
+    assert failed.keys() == {"t000", "t001"}
+    assert failed["t000"].startswith("the server's answer is no JSON: [[[")
+    assert failed["t001"].startswith("the server's answer is no completion (OverflowError: ")
+    assert "Infinity" in failed["t001"]
+
+
+def test_half_a_surrogate_pair_from_a_server_can_be_written(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t000": ["refused_in_half"], "t001": ["half"]}
+    status, printed = synthesize(bench.corpus(3), rounds=1, retries=0, **settings(server))
+    assert status == 0, printed
+    details = {row["id"]: row["detail"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed"}
+    assert list(details) == ["t000"]
+    assert "bad \ufffd thing" in details["t000"]
+    assert [row["content"] for row in bench.lines("out/rejects.jsonl") if row["reason"] == "incomplete pair"] == ["\ufffd"]
+    questions = [pair["question"] for row in bench.lines("out/examples.jsonl") for shot in row["shots"] for pair in shot["pairs"]]
+    assert "Which bug \ufffd is told of?" in questions
+
+
+def test_a_mistake_of_ours_ends_the_run(bench: Any, synthesize: Synthesize, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: object) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("megatron_instruct.synthesis.engines.server.seed_of", mistake)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        synthesize(bench.corpus(4), **settings(server))
+
+
 def test_a_server_that_goes_away_is_waited_for(bench: Any, synthesize: Synthesize, server: Server) -> None:
     server.behaviour = {"t002": ["gone"]}
     status, printed = synthesize(bench.corpus(6), rounds=2, **settings(server))
@@ -187,7 +238,7 @@ def test_no_server_at_all_is_one_clear_message(bench: Any, synthesize: Synthesiz
     status, printed = synthesize(bench.corpus(2), **url)
     assert status == 5
     assert "cannot be reached" in printed
-    assert "vllm serve MODEL" in printed
+    assert "python -m vllm.entrypoints.openai.api_server --model MODEL" in printed
 
 
 @pytest.mark.parametrize(
@@ -216,7 +267,7 @@ def test_forced_forms_are_refused_where_the_server_is_not_vllms(bench: Any, synt
     own.write_text(json.dumps(form))
     status, printed = synthesize(bench.corpus(2), **settings(server, prompt_format=own))
     assert (status, "is not vLLM's" in printed) == (2, True), printed
-    server.is_vllm = True
+    server.models = VLLMS
     assert synthesize(bench.corpus(2), **settings(server, prompt_format=own))[0] == 0
     assert "<QUE>" in server.seen[0]["structured_outputs"]["grammar"]
 
@@ -230,12 +281,48 @@ def test_prompts_can_go_out_as_text_and_draws_have_seeds_of_their_own(bench: Any
     assert first["repetition_penalty"] == 1.1
 
 
+@pytest.mark.parametrize(
+    ("models", "penalty", "more"),
+    [
+        ({"data": [{"id": "synthesizer"}]}, 1.0, {}),
+        ({"data": [{"id": "synthesizer"}]}, 1.5, {"repetition_penalty": 1.5}),
+        (VLLMS, 1.0, {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0}),
+        (VLLMS, 1.5, {"repetition_penalty": 1.5, "top_k": -1, "min_p": 0.0}),
+    ],
+)
+def test_what_decides_an_answer_is_sent_and_not_left_to_the_server(
+    bench: Any, synthesize: Synthesize, server: Server, models: Any, penalty: float, more: dict[str, float]
+) -> None:
+    server.models = models
+    assert synthesize(bench.corpus(1), **settings(server, temperature=0.7, repetition_penalty=penalty))[0] == 0
+    sent = {name: value for name, value in server.seen[0].items() if name not in ("model", "prompt", "max_tokens", "seed")}
+    assert sent == {"temperature": 0.7, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, **more}
+
+
 def test_a_model_that_only_the_server_has_needs_a_tokenizer_here(bench: Any, synthesize: Synthesize, server: Server) -> None:
     status, printed = synthesize(bench.corpus(2), **settings(server, model="org/synthesizer"))
     assert (status, "tokenizer org/synthesizer: no such folder" in printed) == (3, True)
     assert synthesize(bench.corpus(2), **settings(server, model="org/synthesizer", tokenizer=bench.model))[0] == 0
     pair = bench.lines("out/examples.jsonl")[0]["shots"][0]["pairs"][0]
     assert pair["provenance"]["synthesizer"] == "synthesizer@served"
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [("server_model", "m1", "m2"), ("server_prompt", "ids", "text")])
+def test_answers_of_two_models_or_forms_of_prompts_are_never_mixed(
+    bench: Any, synthesize: Synthesize, server: Server, name: str, first: str, second: str
+) -> None:
+    server.models = {"data": [{"id": "m1"}, {"id": "m2"}]}
+    one, other = ({"server_model": "m1", "in_flight": 1, name: value} for value in (first, second))
+    corpus = bench.corpus(4)
+    server.behaviour = {"t002": ["gone"] * 3}
+    assert synthesize(corpus, rounds=1, **settings(server, **one))[0] == 5, "t000 and t001 are in the journal"
+    server.seen.clear()
+    assert synthesize(corpus, rounds=1, **settings(server, **other))[0] == 0
+    assert len(server.seen) == 4, "and are asked again"
+    status, printed = synthesize(corpus, rounds=1, **settings(server, **one))
+    assert (status, f"made with {name}={second!r}, and this run asks for {name}={first!r}" in printed) == (2, True), printed
+    synthesize(corpus, "scripted")
+    assert not {"server_model", "server_prompt"} & read_manifest(bench.folder / "scripted" / "manifest.json").settings.keys()
 
 
 def test_a_url_and_its_engine_belong_together(bench: Any, synthesize: Synthesize) -> None:

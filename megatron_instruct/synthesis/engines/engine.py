@@ -29,7 +29,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What became of a request."""
+    """What became of a request.
+
+    Half of a surrogate pair in what an engine says, which no file could hold, is replaced by U+FFFD here, for all engines.
+    """
 
     text: str = ""
     tokens: int = 0
@@ -42,6 +45,10 @@ class Completion:
     """Tokens of the prompt that the engine had in its prefix cache."""
     attempts: int = 1
     """Times that it was asked; counted by the schedule, not by the engine."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", _encodable(self.text))
+        object.__setattr__(self, "error", None if self.error is None else _encodable(self.error))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +120,10 @@ def seed_of(settings: EngineSettings, request: Request) -> int | None:
     """Return the seed of a request's own random stream; None where nothing is drawn."""
     digest = hashlib.sha256(f"{settings.seed}:{request.id}".encode()).digest()
     return int.from_bytes(digest[:4], "little") if settings.temperature > 0 else None
+
+
+def _encodable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_engine(name: str, settings: EngineSettings) -> Engine:

@@ -1,9 +1,10 @@
-"""Any running server with OpenAI's completions endpoint, such as `vllm serve`.
+"""Any running server with OpenAI's completions endpoint, such as vLLM's.
 
 Requests go out side by side, each in a thread. One that fails, times out or is answered with garbage fails alone; 429 and 5xx are asked
 again after a pause; a server that refuses connections is waited for, and is dead when it stays away. No answer is believed unseen.
 """
 
+import math
 import os
 import queue
 import threading
@@ -21,6 +22,8 @@ _TRIES = 6
 """Times that a busy or failing server is asked, with pauses of 0.5, 1, 2, 4 and 8 seconds between, or of what it asks for itself."""
 _LONGEST_PAUSE = 60.0
 """Seconds."""
+_ALL_TOKENS = -1
+"""vLLM's top_k that leaves no token out, in every version (0 does so in newer ones)."""
 
 
 class ServerEngine:
@@ -37,12 +40,15 @@ class ServerEngine:
         key = os.environ.get(settings.server_key_variable) or "none"
         self._client = openai.OpenAI(base_url=self._url, api_key=key, timeout=settings.request_timeout, max_retries=0)
         self._model = self._find_model()
-        if settings.structured:
-            self._check_grammars()
+        if settings.structured and not self._model.by_vllm:
+            raise ConfigError(
+                f"the prompt format forces its form, and server {self._url} is not vLLM's (owned_by in its list of models), which alone "
+                "can do so; use another format."
+            )
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.server_prompt == "text" else None
         self.capacity = settings.in_flight or _CAPACITY
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._answered: queue.SimpleQueue[tuple[Request, Completion | EngineError]] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[tuple[Request, Completion | Exception]] = queue.SimpleQueue()
         self._serving, self._lock = self.capacity, threading.Lock()
         for _ in range(self.capacity):
             threading.Thread(target=self._serve, daemon=True).start()
@@ -54,7 +60,7 @@ class ServerEngine:
         finished: list[tuple[Request, Completion]] = []
         while not finished or not self._answered.empty():
             request, answer = self._answered.get()
-            if isinstance(answer, EngineError):
+            if isinstance(answer, Exception):
                 raise answer
             finished.append((request, answer))
         return finished
@@ -69,10 +75,9 @@ class ServerEngine:
     def _serve(self) -> None:
         while (request := self._asked.get()) is not None:
             try:
-                answer: Completion | EngineError = self._ask(request)
-            except EngineError as error:
-                answer = error
-            self._answered.put((request, answer))
+                self._answered.put((request, self._ask(request)))
+            except Exception as error:  # poll raises it, a mistake of ours too: nobody would hear of it here
+                self._answered.put((request, error))
         with self._lock:
             self._serving -= 1
             if not self._serving:
@@ -97,16 +102,22 @@ class ServerEngine:
         raise AssertionError("the last try returns")
 
     def _arguments(self, request: Request) -> dict[str, Any]:
+        """Return what is asked, with all that decides the answer: what is left out, a server takes from the model's generation_config."""
         settings, seed, extra = self._settings, seed_of(self._settings, request), dict[str, Any]()
-        if settings.repetition_penalty != 1:
+        if self._model.by_vllm:
+            extra = {"top_k": _ALL_TOKENS, "min_p": 0.0}
+        if self._model.by_vllm or settings.repetition_penalty != 1:  # other servers may refuse what OpenAI's does not know
             extra["repetition_penalty"] = settings.repetition_penalty
         if request.grammar is not None:
             extra["structured_outputs"] = {"grammar": request.grammar}
         return {
-            "model": self._model,
+            "model": self._model.name,
             "prompt": list(request.prompt) if self._tokenizer is None else self._text(request.prompt),
             "max_tokens": request.max_new_tokens,
             "temperature": settings.temperature,
+            "top_p": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "extra_body": extra,
             **({} if seed is None else {"seed": seed}),
         }
@@ -123,14 +134,14 @@ class ServerEngine:
             text, reason, usage = choice["text"], choice["finish_reason"], value.get("usage") or {}
             tokens = int(usage["completion_tokens"])
             cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_shortened(value)}") from error
+        except Exception as error:  # an answer may be anything, and fails its own request alone
+            raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_content(response)}") from error
         if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise _Garbage(f"the server ended the completion with finish_reason={reason!r}, text {_shortened(text)}")
+            raise _Garbage(f"the server ended the completion with finish_reason={_shortened(reason)}, text {_shortened(text)}")
         return Completion(text=text, tokens=tokens, stopped=reason == "stop", cached=cached)
 
-    def _find_model(self) -> str:
-        """Return the name of the model to ask; also the first sign of life."""
+    def _find_model(self) -> "_Model":
+        """Return the model to ask; also the first sign of life."""
         models = {one.name: one for one in self._models()}
         wanted = self._settings.server_model
         if wanted is None:
@@ -141,11 +152,11 @@ class ServerEngine:
         if wanted not in models:
             raise ConfigError(f"server {self._url} has no model {wanted!r}{did_you_mean(wanted, models)}")
         longest = models[wanted].max_model_len
-        if longest is not None and longest < self._settings.max_model_len:
+        if isinstance(longest, int) and longest < self._settings.max_model_len:
             raise ConfigError(
                 f"max_model_len={self._settings.max_model_len} is above the {longest} tokens of the server's {wanted}; lower it."
             )
-        return wanted
+        return models[wanted]
 
     def _models(self) -> "list[_Model]":
         """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
@@ -155,7 +166,7 @@ class ServerEngine:
             assert pause is not None, "without end"
             try:
                 value = _json(self._client.models.with_raw_response.list(timeout=min(self._settings.request_timeout, 30)))
-                return [_Model(str(one["id"]), one.get("max_model_len")) for one in value["data"]]
+                return [_Model(str(one["id"]), one.get("max_model_len"), one.get("owned_by") == "vllm") for one in value["data"]]
             except openai.APIStatusError as error:
                 if error.status_code < 500:
                     raise ConfigError(f"server {self._url} answered {error.status_code}: {_shortened(error.message)}{_HINT}") from error
@@ -169,19 +180,10 @@ class ServerEngine:
             time.sleep(pause)
         raise AssertionError("pauses do not end")
 
-    def _check_grammars(self) -> None:
-        """Only vLLM's own server follows grammars; others would leave them out without a word."""
-        import httpx
 
-        try:
-            self._client.get(self._url.removesuffix("/v1") + "/version", cast_to=httpx.Response)
-        except self._openai.APIStatusError as error:
-            raise ConfigError(
-                f"the prompt format forces its form, and server {self._url} is not vLLM's, which alone can do so; use another format."
-            ) from error
-
-
-_HINT = "; start one, such as `vllm serve MODEL`, or mend --server-url (it ends with /v1) or the key."
+_HINT = (
+    "; start one, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`, or mend --server-url (it ends with /v1) or the key."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,8 @@ class _Model:
     name: str
     max_model_len: int | None
     """Tokens, where the server says it."""
+    by_vllm: bool
+    """Its server is vLLM's, which names itself as the owner."""
 
 
 class _Garbage(Exception):
@@ -198,8 +202,13 @@ class _Garbage(Exception):
 def _json(response: Any) -> Any:
     try:
         return response.http_response.json()
-    except ValueError as error:
-        raise _Garbage(f"the server's answer is no JSON: {_shortened(response.http_response.text)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _Garbage(f"the server's answer is no JSON: {_content(response)}") from error
+
+
+def _content(response: Any) -> str:
+    """Return the beginning of an answer, whatever it is."""
+    return _shortened(response.http_response.content.decode(errors="replace"))
 
 
 def _pauses(*, endless: bool = False) -> Iterator[float | None]:
@@ -212,12 +221,12 @@ def _pauses(*, endless: bool = False) -> Iterator[float | None]:
 
 
 def _asked_pause(error: Any) -> float | None:
-    """Return the seconds that the server asks to wait, where it says so in a number."""
+    """Return the seconds that the server asks to wait, where it says so in a finite number that is not negative."""
     try:
         pause = float(error.response.headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(max(pause, 0.0), _LONGEST_PAUSE)
+    return min(pause, _LONGEST_PAUSE) if 0.0 <= pause < math.inf else None
 
 
 def _cause(error: Exception) -> str:
