@@ -67,7 +67,7 @@ def require_outside(inputs: Iterable[str], output: Path, files: Sequence[str] = 
     files: names below `output` that are written. An input file that is named itself may lie anywhere.
     """
     for given in inputs:
-        if _takes_in(given, output.resolve(), files):
+        if given and _takes_in(given, output.resolve(), files):  # find_files refuses an empty one
             raise ConfigError(f"output {output} lies in the input {given}, so that its own files would be read; choose another output.")
 
 

@@ -195,6 +195,7 @@ def test_a_saved_data_set_that_lacks_a_file_is_refused(saved: Path) -> None:
 
 def test_an_empty_input_and_a_name_that_no_manifest_holds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an input is empty, as a variable that is not set would be"):
+        require_outside([""], tmp_path / "out")
         find_files([""])
     Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text("{}\n")
     with pytest.raises(InputError, match=r"caf\\udce9\.jsonl': the name is not UTF-8"):
