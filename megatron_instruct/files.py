@@ -137,6 +137,11 @@ def _copied(piece: tuple[Path, int, int, int], *, target: str) -> int:
     return size
 
 
+def encodable(text: str) -> str:
+    """Return the text with U+FFFD for each half of a surrogate pair, which is no Unicode, so that no file could hold it."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_write(path) as stream:

@@ -74,12 +74,9 @@ def records(
     for path in paths:
         found += [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     kept = [path for path in found if path.name not in ("manifest.json", LOCK) and not path.name.endswith(TEMPORARY_SUFFIX)]
-    known = known or {}
-
-    def one(path: Path) -> FileRecord:
-        return _named(known[path], path, relative_to) if path in known else record(path, relative_to=relative_to)
-
-    return tuple(in_threads(one, kept))
+    unread = [path for path in kept if known is None or path not in known]
+    of_each = {**(known or {}), **dict(zip(unread, in_threads(record, unread), strict=True))}
+    return tuple(_named(of_each[path], path, relative_to) for path in kept)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

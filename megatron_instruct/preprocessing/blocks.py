@@ -209,7 +209,7 @@ def _lines_of_objects(content: bytes) -> int | None:
     It would take an object over two lines, too. But where one line ends with "}" and the next begins with "{", no object goes on: neither
     inside an object nor inside an array does one come right after the other.
     """
-    if b"\r\n" in content[-2:]:
+    if content.endswith(b"\r\n"):
         content = content.replace(b"\r\n", b"\n")  # neither JSON nor the bounds of its lines depend on it
     characters = np.frombuffer(content, dtype=np.uint8)
     breaks = characters == _BREAK

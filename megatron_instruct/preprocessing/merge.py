@@ -1,4 +1,4 @@
-"""Finished parts -> one indexed data set, its roles, and one rejects file.
+"""Finished parts -> one indexed data set, and its roles.
 
 Comes in: folders of parts in the order of the input (see part_files.py). Goes out: PREFIX.bin, .idx, .roles where a part has roles or the
 documents are packed, each under a temporary name until it is whole. Memory does not grow with the tokens, only with the documents.
@@ -17,7 +17,6 @@ from megatron_instruct.files import atomic_write, concatenate
 from megatron_instruct.preprocessing.indexed_dataset import bin_file, idx_file, roles_file, write_index
 from megatron_instruct.preprocessing.layout import Integers, Layout, layout, ragged
 from megatron_instruct.preprocessing.part_files import (
-    REJECTS,
     bin_name,
     document_counts,
     documents_name,
@@ -68,11 +67,6 @@ def merge_tokens(folders: Sequence[Path], key: str, prefix: Path, options: Merge
             documents = [read_counts(path) for path in split] if all(path.is_file() for path in split) else None
             write_index(stream, options.dtype, [read_counts(folder / sequences_name(key)) for folder in folders], documents=documents)
     return plan
-
-
-def merge_rejects(folders: Sequence[Path], target: Path) -> None:
-    """Write one rejects file from those of the parts."""
-    concatenate([folder / REJECTS for folder in folders], target)
 
 
 def _complete_roles(folder: Path, key: str, *, ended: bool) -> None:

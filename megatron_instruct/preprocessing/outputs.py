@@ -12,12 +12,13 @@ from typing import Any
 
 from megatron_instruct.corpora.part_folders import read_summary
 from megatron_instruct.errors import InputError
+from megatron_instruct.files import concatenate
 from megatron_instruct.manifest import FileRecord, Manifest, record
 from megatron_instruct.preprocessing.config import PreprocessConfig
 from megatron_instruct.preprocessing.documents import RenderOptions
 from megatron_instruct.preprocessing.indexed_dataset import roles_file
-from megatron_instruct.preprocessing.merge import MergeOptions, merge_rejects, merge_tokens
-from megatron_instruct.preprocessing.part_files import PartSummary
+from megatron_instruct.preprocessing.merge import MergeOptions, merge_tokens
+from megatron_instruct.preprocessing.part_files import REJECTS, PartSummary
 from megatron_instruct.preprocessing.read_back import Wanted, checked_files, checked_roles
 from megatron_instruct.preprocessing.verify import rejects_file
 from megatron_instruct.tokenizer import Tokenizer, token_dtype
@@ -56,7 +57,7 @@ def write_data_sets(config: PreprocessConfig, folders: Sequence[Path], origin: O
     for key in config.json_keys:
         prefix = config.prefix(key)
         rejects = rejects_file(prefix)
-        merge_rejects(folders, rejects)
+        concatenate([folder / REJECTS for folder in folders], rejects)
         if not total.documents_kept:
             raise InputError(f"no document is left of {origin.named}: {_reasons(total.rejected)}; see {rejects}.")
         layout = merge_tokens(folders, key, prefix, options, with_roles=with_roles)

@@ -8,6 +8,7 @@ whose answer gives a rationale and then the answer; both. Does not know: prompts
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_instruct.files import encodable
 from megatron_instruct.records import InstructionPair, PairKind
 
 
@@ -69,7 +70,7 @@ def parse_pairs(completion: str, layout: PairLayout, *, stopped: bool) -> Parsed
     Nothing is lost: every visible piece becomes a pair or is among the dropped, and where there is none, the completion is.
     What is no Unicode, half of a surrogate pair, is replaced, since no file could hold it.
     """
-    completion = completion.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    completion = encodable(completion)
     *chunks, tail = completion.split(layout.end)
     pairs: list[InstructionPair] = []
     dropped: list[Dropped] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from megatron_instruct.errors import ConfigError, did_you_mean
+from megatron_instruct.files import encodable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +48,8 @@ class Completion:
     """Times that it was asked; counted by the schedule, not by the engine."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", _encodable(self.text))
-        object.__setattr__(self, "error", None if self.error is None else _encodable(self.error))
+        object.__setattr__(self, "text", encodable(self.text))
+        object.__setattr__(self, "error", None if self.error is None else encodable(self.error))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +121,6 @@ def seed_of(settings: EngineSettings, request: Request) -> int | None:
     """Return the seed of a request's own random stream; None where nothing is drawn."""
     digest = hashlib.sha256(f"{settings.seed}:{request.id}".encode()).digest()
     return int.from_bytes(digest[:4], "little") if settings.temperature > 0 else None
-
-
-def _encodable(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_engine(name: str, settings: EngineSettings) -> Engine:
