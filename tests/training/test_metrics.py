@@ -200,7 +200,7 @@ def test_wandb_offline_keeps_what_is_logged_without_a_network(tmp_path: Path) ->
         with Metrics(tmp_path, SIZE, start_iteration=start, tensorboard_dir=None, writes=True, watch=watch, settings={"lr": 0.1}) as log:
             log.training(start + 1, loss=1.5, lr=0.1, grad_norm=2.0)
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert len({folder.name.split("-")[3] for folder in folders}) == 1  # offline-run-TIME-ID, and -1 behind it in the same second
     assert list(folders[0].glob("*.wandb"))
 
 
