@@ -36,6 +36,16 @@ def stop_at(source: Path, iteration: int, target: Path) -> None:
     (target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
 
 
+def _end_groups() -> None:
+    """End all process groups of a run but that of all processes: gloo's threads wake up a hundred times a second."""
+    import torch.distributed
+    from torch.distributed.distributed_c10d import _world
+
+    torch.distributed.barrier()
+    for group in [group for group in _world.pg_map if group is not torch.distributed.group.WORLD]:
+        torch.distributed.destroy_process_group(group)
+
+
 def main() -> None:
     noise.silence()
     import torch
@@ -60,6 +70,7 @@ def main() -> None:
         except MegatronInstructError as error:
             ends.append(f"{error.exit_status} {error}")
             parallel_state.destroy_model_parallel()
+        _end_groups()
     if os.environ.get("RANK", "0") == "0":
         Path(f"{sys.argv[1]}.ends").write_text(json.dumps(ends))
 
