@@ -1,7 +1,9 @@
 """Shares, worker processes and Ray actors: the same bytes as one process, and nothing lost when one of them dies."""
 
 import importlib.util
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron_instruct.errors import EngineError
 from megatron_instruct.manifest import read_manifest
+from megatron_instruct.synthesis.config import SynthesizeConfig
+from megatron_instruct.synthesis.dispatch import Dispatch
+from megatron_instruct.synthesis.executors import local
+from megatron_instruct.synthesis.worker import Assignment, NextShard
 
 Start = Callable[..., subprocess.Popen[str]]
 Synthesize = Callable[..., tuple[int, str]]
@@ -105,6 +112,22 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(bench: Any, sy
     (bench.folder / "memory").unlink()
     status, printed = synthesize(corpus, "stopped", replicas=2, restarts=0, **SETTINGS)
     assert (status, "died with status -9, after 0 others were replaced" in printed) == (5, True)
+
+
+def test_a_worker_that_is_killed_while_it_waits_for_a_shard_is_replaced(tmp_path: Path, synthesizer_folder: Path) -> None:
+    config = SynthesizeConfig(input=("corpus",), output_dir=tmp_path, model=synthesizer_folder, replicas=2, restarts=0)
+    dispatch = Dispatch([7])
+    processes = local._Processes(Assignment(config=config, folder=tmp_path, synthesizer="x"), dispatch)
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=signal.pause)
+    worker.start()
+    processes._workers[ours] = (0, worker)
+    theirs.send(None)
+    theirs.close()
+    worker.kill()
+    with pytest.raises(EngineError, match="worker 0 died with status -9, after 0 others were replaced"):
+        processes._listen(ours, [])
+    assert dispatch.next_shard(1) == NextShard(number=7, last=True), "what it was to be given is another's"
 
 
 def test_a_workers_error_is_the_runs(bench: Any, synthesize: Synthesize, alone: Any) -> None:
