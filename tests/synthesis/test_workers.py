@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron_instruct.cluster import ray_cluster
 from megatron_instruct.errors import EngineError
 from megatron_instruct.manifest import read_manifest
 from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.dispatch import Dispatch
-from megatron_instruct.synthesis.executors import local
+from megatron_instruct.synthesis.executors import local, on_ray
 from megatron_instruct.synthesis.worker import Assignment, NextShard
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -150,6 +151,19 @@ def test_ray_actors_give_the_same_bytes_and_are_replaced_when_killed(bench: Any,
     assert "it is replaced (1 of 9)" in err
     assert "22 texts" in out
     assert bench.outputs("out")["examples.jsonl"] == bench.outputs("alone")["examples.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'megatron-instruct[cluster]'")
+def test_the_death_of_the_actor_that_gives_out_shards_is_one_clear_error(bench: Any, synthesize: Synthesize, alone: Any) -> None:
+    assert synthesize(alone, share="0/3", **SETTINGS)[0] == 0
+    out, scripted = bench.folder / "out", {"engine": "scripted", "script": bench.folder / "script.yaml"}
+    config = SynthesizeConfig(input=(str(alone),), output_dir=out, model=bench.model, **scripted, **SETTINGS)
+    with ray_cluster("local") as ray:
+        actors = on_ray._Actors(ray, Assignment(config=config, folder=out / "shards", synthesizer="x"), [1])
+        ray.kill(actors._dispatch)
+        with pytest.raises(EngineError, match="actor that gives out the shards died; what was finished is kept"):
+            actors.run(lambda _: None)
 
 
 def test_the_array_of_slurm_gives_the_same_bytes(bench: Any, alone: Any) -> None:
