@@ -5,6 +5,7 @@ answer marker, an answer. Inside, four kinds of pairs: free-form; a question tha
 whose answer gives a rationale and then the answer; both. Does not know: prompts, texts, filters.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,11 +137,11 @@ def _without_request_to_think(question: str, layout: PairLayout) -> tuple[str, b
 
 def _without_options(question: str, layout: PairLayout) -> tuple[str, tuple[str, ...]]:
     """Take a trailing list of options off the question; a list in which a line is no option is part of the question."""
-    stem, header, listed = f"\n{question}".rpartition(f"\n{layout.options}\n")
-    lines = [line.strip() for line in listed.split("\n") if line.strip()]
-    if not header or not lines or not all(line.startswith("- ") and line[2:].strip() for line in lines):
+    found = re.fullmatch(rf"(?:(.*)\n)?{re.escape(layout.options)}[ \t\r]*\n(.*)", question, re.DOTALL)
+    lines = [line.strip() for line in found[2].split("\n") if line.strip()] if found else []
+    if not found or not lines or not all(line.startswith("- ") and line[2:].strip() for line in lines):
         return question, ()
-    return stem.strip(), tuple(line[2:].strip() for line in lines)
+    return (found[1] or "").strip(), tuple(line[2:].strip() for line in lines)
 
 
 def kind_of(options: Sequence[str], rationale: str | None) -> PairKind:

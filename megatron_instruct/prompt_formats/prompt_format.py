@@ -162,6 +162,14 @@ def _layout(node: Node) -> PairLayout:
         for second in markers:
             if first != second and first in second:
                 node.fail(f"the marker {second!r} holds the marker {first!r}, so that they cannot be told apart; change one.")
+    for key in ("options", "think", "therefore"):
+        if not getattr(layout, key).strip():
+            node.items()[key].fail(f"{key!r} is empty, so that nothing tells such pairs from others; write the words of its line.")
+    pairs = tuple(InstructionPair(question=f"~{number}", answer=f"~{number}") for number in (1, 2))
+    written = write_pairs(pairs, layout)
+    parsed = parse_pairs(written, layout, stopped=True)
+    if parsed.pairs != pairs or parsed.dropped:
+        node.fail(f"pairs written so, {written!r}, do not come back when they are read; change the markers, or what stands around them.")
     return layout
 
 

@@ -26,6 +26,13 @@ class VllmSettings:
     enforce_eager: bool = False
     """Skip CUDA graphs: starts sooner, generates slower. Always so on CPU."""
 
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "max_num_seqs", "kv_cache_gib", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, and 1 at most.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -146,6 +153,8 @@ class SynthesizeConfig:
         for name in ("retries", "restarts", "temperature"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 leaves tokens as they are.")
         if self.max_new_tokens >= self.max_model_len:
             raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a text in max_model_len={self.max_model_len}; make it smaller."
@@ -155,6 +164,8 @@ class SynthesizeConfig:
         for name in ("request_timeout", "server_patience"):
             if getattr(self.server, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self.server, name)} must be above 0 seconds.")
+        if self.report is not None and self.report.suffix not in (".html", ".htm"):
+            raise ConfigError(f"report={self.report} must end in .html: whatever stands there is replaced by the page.")
         parse_share(self.share)
 
     @property

@@ -6,17 +6,20 @@ Source of the words that are left out: filters.yaml.
 """
 
 import functools
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
-from typing import Any
 
-import yaml
+from megatron_instruct.templates.yaml_nodes import read_yaml
 
 WORDS = Path(__file__).parent / "filters.yaml"
+_TEXTS, _LISTS = ("function_words", "question_words"), ("no_answers", "none_of_these")
+"""Keys of that file."""
 _STEM = 6
 """Letters of a word that are compared."""
 _FIRST_CJK = "\u3040"
@@ -43,15 +46,22 @@ class Words:
     no_answers: tuple[str, ...]
     none_of_these: frozenset[str]
 
+    @property
+    def fingerprint(self) -> str:
+        said = [sorted(self.silent), self.no_answers, sorted(self.none_of_these)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
 
 @functools.cache
 def words_of(language: str) -> Words:
-    """Return what is known of a language."""
-    content: dict[str, Any] = yaml.safe_load(WORDS.read_text(encoding="utf-8"))
+    """Return what is known of a language. Raises InputError with file and line for words that are not written as the others are."""
+    content = read_yaml(WORDS, "the words of languages").known_items((*_TEXTS, *_LISTS), required=True)
+    found = {key: node.items().get(language) for key, node in content.items()}
+    no_answers, none_of_these = ([] if (node := found[key]) is None else [item.text() for item in node.sequence()] for key in _LISTS)
     return Words(
-        silent=frozenset(folded(" ".join(content[key].get(language, "") for key in ("function_words", "question_words"))).split()),
-        no_answers=tuple(map(folded, content["no_answers"].get(language, ()))),
-        none_of_these=frozenset(map(folded, content["none_of_these"].get(language, ()))),
+        silent=frozenset(folded(" ".join(node.text() for key in _TEXTS if (node := found[key]) is not None)).split()),
+        no_answers=tuple(map(folded, no_answers)),
+        none_of_these=frozenset(map(folded, none_of_these)),
     )
 
 

@@ -27,7 +27,7 @@ from megatron_instruct.shares import at_work, parse_share
 from megatron_instruct.synthesis.chains import ColumnPlan
 from megatron_instruct.synthesis.config import SynthesizeConfig
 from megatron_instruct.synthesis.contamination import evaluation_files
-from megatron_instruct.synthesis.content_words import WORDS
+from megatron_instruct.synthesis.content_words import WORDS, words_of
 from megatron_instruct.synthesis.executors.local import run_local
 from megatron_instruct.synthesis.executors.on_ray import run_on_ray
 from megatron_instruct.synthesis.filters import Filters
@@ -160,6 +160,7 @@ def _settings(config: SynthesizeConfig, prompt_format: PromptFormat, model: str)
         **{name: key for name in ("question_key", "pairs_key") if (key := getattr(config, name)) is not None},
         **{name: getattr(config.server, name) for name in ("server_model", "server_prompt") if config.engine == "server"},
         "prompt_format": prompt_format.fingerprint,
+        "words": words_of(prompt_format.language).fingerprint,
         "model": model,
         "tokenizer": model if same_folder else _fingerprint(config, config.tokenizer_folder, what="tokenizer"),
         "revision": config.revision or (_SERVED if _is_only_named(config) else model[:12]),

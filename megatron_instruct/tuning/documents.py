@@ -5,6 +5,7 @@ the context is context; a question with its marker is instruction; an answer wit
 around each document by preprocessing. An example that is longer than a sequence has its context cut at a word. Does not know: files.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from megatron_instruct.tuning.rows import TaskRow
 
 _AROUND = 2
 """BOS and end of document."""
+_LAST_WORD = re.compile(r"\s+\S*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,7 @@ class DocumentWriter:
             *pairs, last = pairs
             dropped = [*dropped, Dropped(reason="pairs too long", content=last.question)]
         room = self._room(row, pairs)
-        while pairs and room > 0:
-            shorter = self._beginning(context, room)
+        while pairs and room > 0 and (shorter := self._beginning(context, room)):
             kept = [pair for pair in pairs if pair.answer not in context or pair.answer in shorter]
             if len(kept) < len(pairs):
                 dropped = [*dropped, *(Dropped(reason="answer cut off", content=pair.question) for pair in pairs if pair not in kept)]
@@ -97,12 +98,14 @@ class DocumentWriter:
         return self._seq_length - self._tokens(self._document(row, "", pairs).text)
 
     def _beginning(self, text: str, tokens: int) -> str:
-        """Return the beginning of a text of at most so many tokens, whole words."""
+        """Return the beginning of a text of at most so many tokens: whole words, but for one that is most of it, as without blanks."""
         ends = self._tokenizer.encode_flat([text], ends=True).ends
         assert ends is not None, "ends were asked for"
         if len(ends) <= tokens:
             return text
-        return text.encode()[: int(ends[tokens - 1])].decode(errors="ignore").rpartition(" ")[0].rstrip()
+        beginning = text.encode()[: int(ends[tokens - 1])].decode(errors="ignore")
+        whole = _LAST_WORD.sub("", beginning)
+        return (whole if 2 * len(whole) >= len(beginning) else beginning).rstrip()
 
     def _document(self, row: TaskRow, context: str, pairs: Sequence[InstructionPair]) -> AugmentedText:
         layout, written = self._format.pair, ""

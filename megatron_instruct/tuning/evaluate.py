@@ -17,7 +17,9 @@ from megatron_instruct.corpora.read import BrokenRecord, read_records
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_write, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, read_manifest, record, records, write_manifest
-from megatron_instruct.records import MShotExample
+from megatron_instruct.prompt_formats.parsing import PairLayout, parse_pairs, write_pairs
+from megatron_instruct.prompt_formats.prompt_format import load_prompt_format
+from megatron_instruct.records import InstructionPair, MShotExample
 from megatron_instruct.tuning.measures import MEASURES, WrittenFor, measure, token_f1
 from megatron_instruct.tuning.questions import STAGE as QUESTIONS
 from megatron_instruct.workspace import held
@@ -54,6 +56,8 @@ class _Run:
     """Those that were asked about, by id."""
     written: dict[str, WrittenFor] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
+    judged: bool = True
+    """The filter grounding knew the language, so that it could drop pairs."""
 
 
 def run(config: EvaluateConfig) -> Manifest:
@@ -89,11 +93,13 @@ def _read(name: str, folder: Path) -> _Run:
     texts = {line["id"]: line for line in _lines(source) if "gold" in line}
     files = (record(source), record(folder / "examples.jsonl"), record(folder / "rejects.jsonl"))
     one = _Run(name=name, shots=questions.settings["shots"], inputs=files, texts=texts)
-    one.written = {id_: WrittenFor(gold=_gold(line)) for id_, line in texts.items() if "question" not in line}
+    layout = load_prompt_format("instruction-synthesizer").pair  # that of the public collection, too
+    one.written = {id_: WrittenFor(gold=_gold(line, layout)) for id_, line in texts.items() if "question" not in line}
     for line in _lines(folder / "examples.jsonl"):
         for shot in MShotExample.from_json(line, where=str(folder / "examples.jsonl")).shots:
             if shot.id in one.written:
-                one.written[shot.id].pairs += [(pair.question, pair.rationale or pair.answer) for pair in shot.pairs]
+                one.written[shot.id].pairs += map(_compared, shot.pairs)
+                one.judged &= all("grounding" in pair.provenance["filters"] for pair in shot.pairs)
             elif shot.id in texts and shot.pairs:
                 one.answers[shot.id] = shot.pairs[0].answer
     for line in _lines(folder / "rejects.jsonl"):
@@ -124,8 +130,17 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         yield item.value
 
 
-def _gold(line: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(pair["question"], pair["answer"]) for pair in line["gold"]]
+def _gold(line: Mapping[str, Any], layout: PairLayout) -> list[tuple[str, str]]:
+    """Return the gold pairs of a text, read as what is written is: the words that announce options and steps are not compared."""
+    found = []
+    for plain in (InstructionPair(question=one["question"], answer=one["answer"]) for one in line["gold"]):
+        parsed = parse_pairs(write_pairs([plain], layout), layout, stopped=True)
+        found.append(_compared(plain if parsed.dropped else parsed.pairs[0]))
+    return found
+
+
+def _compared(pair: InstructionPair) -> tuple[str, str]:
+    return pair.question, "\n".join((*pair.options, pair.rationale or "", pair.answer))
 
 
 def _rows(one: _Run) -> Iterable[dict[str, Any]]:
@@ -139,7 +154,7 @@ def _rows(one: _Run) -> Iterable[dict[str, Any]]:
         asked = [line for line in one.texts.values() if "question" in line and line["data_set"] in group]
         answers = [(one.answers.get(line["id"], ""), line["gold"][0]["answer"]) for line in asked]
         row = {"run": one.name, "shots": one.shots, "data_set": name, "held_out": group <= held_out}
-        yield {**row, **dataclasses.asdict(measure(written, answers))}
+        yield {**row, **dataclasses.asdict(measure(written, answers)), **({} if one.judged else {"grounded": None})}
 
 
 def _answer_lines(one: _Run) -> Iterable[dict[str, Any]]:

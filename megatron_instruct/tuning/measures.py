@@ -4,8 +4,8 @@
 - grounded: pairs that pass the filter `grounding`, over the pairs parsed.
 - distinct: different questions, over the pairs parsed; distinct_per_text: different questions, over the texts.
 - answer_f1: token F1 of the answer to each gold question, asked alone, with its gold answer; 0 where there is none. Mean over questions.
-- pair_f1: for each gold pair the best token F1 with a pair that was written for its text, question and answer together. Mean over gold
-  pairs.
+- pair_f1: for each gold pair the best token F1 with a pair that was written for its text, question, options, rationale and answer together.
+  Mean over gold pairs.
 
 Token F1 is that of SQuAD (arXiv:1606.05250): without case, punctuation and articles. Does not know: files.
 """
@@ -24,7 +24,7 @@ class WrittenFor:
     """What was written for one text."""
 
     gold: Sequence[tuple[str, str]]
-    """Questions and answers."""
+    """Questions and answers, options and rationales with these, as in what is written."""
     pairs: list[tuple[str, str]] = field(default_factory=list)
     """Parsed, and grounded."""
     ungrounded: list[tuple[str, str]] = field(default_factory=list)

@@ -60,7 +60,10 @@ def run(config: QuestionsConfig) -> Manifest:
 
 
 def _divided(config: QuestionsConfig, files: Sequence[Path]) -> tuple[int, list[TaskRow], dict[str, list[TaskRow]]]:
-    """Return how many rows were set aside, the rows to evaluate on, and those to show by data set: its last ones."""
+    """Return how many rows were set aside, the rows to evaluate on, and those to show by data set: its last ones.
+
+    A row with the context of a shown one is not evaluated: its prompt would hold its answers.
+    """
     rejected, by_set = 0, dict[str, list[TaskRow]]()
     for row in read_rows(files, on_error=config.on_error):
         if isinstance(row, BrokenRecord):
@@ -70,11 +73,15 @@ def _divided(config: QuestionsConfig, files: Sequence[Path]) -> tuple[int, list[
     unknown = sorted({*config.held_out} - by_set.keys())
     if unknown:
         raise InputError(f"held_out names {', '.join(unknown)}, and the input has {', '.join(sorted(by_set)) or 'no data set'}.")
+    shown = {name: rows[max(len(rows) - config.shots, 0) :] for name, rows in by_set.items()}
+    tests = []
     for name, rows in by_set.items():
-        if len(rows) <= config.shots:
+        known = {row.context for row in shown[name]}
+        left = [row for row in rows if row.context not in known][: config.contexts]
+        if not left:
             raise InputError(f"the data set {name} has {len(rows)} rows, and shots={config.shots} leaves none to evaluate on; lower shots.")
-    shown = {name: rows[len(rows) - config.shots :] for name, rows in by_set.items()}
-    return rejected, [row for rows in by_set.values() for row in rows[: len(rows) - config.shots][: config.contexts]], shown
+        tests += left
+    return rejected, tests, shown
 
 
 def _lines(config: QuestionsConfig, tests: Sequence[TaskRow], shown: dict[str, list[TaskRow]]) -> Iterator[dict[str, Any]]:

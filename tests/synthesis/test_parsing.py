@@ -40,6 +40,13 @@ def test_the_four_kinds_of_pairs_are_recognised() -> None:
     ]
 
 
+@pytest.mark.parametrize("end", ["\n", " \n", "\r\n"])
+def test_options_are_recognised_whatever_blanks_end_their_lines(end: str) -> None:
+    completion = f"<QUE> Which?{end}Options:{end}- red{end}- blue{end}<ANS> blue </END>"
+    (pair,) = parse_pairs(completion, MARKERS, stopped=True).pairs
+    assert (pair.kind, pair.question, pair.options, pair.answer) == ("options", "Which?", ("red", "blue"), "blue")
+
+
 @pytest.mark.parametrize(
     ("completion", "reason"),
     [

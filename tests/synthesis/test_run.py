@@ -11,6 +11,7 @@ import pytest
 
 from megatron_instruct.manifest import read_manifest
 from megatron_instruct.records import MShotExample
+from megatron_instruct.synthesis.content_words import WORDS, words_of
 
 Synthesize = Callable[..., tuple[int, str]]
 
@@ -244,6 +245,11 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(bench: Any, sy
         ({"filters": "grounded"}, 2, "did you mean 'grounding'"),
         ({"script": "/no/such/script.yaml"}, 3, "no such file"),
         ({"rounds": 0}, 2, "rounds=0"),
+        ({"threads": 0}, 2, "threads=0 must be at least 1"),
+        ({"kv_cache_gib": -1}, 2, "kv_cache_gib=-1 must be at least 1"),
+        ({"gpu_memory_utilization": 90}, 2, "gpu_memory_utilization=90.0 must be above 0, and 1 at most"),
+        ({"repetition_penalty": 0}, 2, "repetition_penalty=0.0 must be above 0"),
+        ({"report": "corpus.jsonl"}, 2, "report=corpus.jsonl must end in .html"),
     ],
 )
 def test_bad_settings_give_one_clear_message(
@@ -309,6 +315,27 @@ def test_filters_that_know_no_words_of_a_language_are_named_once(bench: Any, syn
     assert len(pairs) == 2
     assert not {"grounding", "relevance"} & set(pairs[0]["provenance"]["filters"])
     assert "drop nothing" not in synthesize(bench.corpus(2), "english")[1]
+
+
+def test_words_that_are_added_for_a_language_are_another_result_and_broken_ones_are_named(
+    bench: Any, synthesize: Synthesize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, words, shipped = bench.folder / "own.yaml", bench.folder / "filters.yaml", WORDS.read_text(encoding="utf-8")
+    pair = {"question": "[Q]", "answer": "[A]", "end": "[E]"}
+    own.write_text(json.dumps({"kind": "markers", "language": "de", "text": "[T]{text}", "hide": ["[T]"], "pair": pair}))
+    corpus = bench.corpus(2)
+    assert synthesize(corpus, prompt_format=own)[0] == 0
+    monkeypatch.setattr("megatron_instruct.synthesis.content_words.WORDS", words)
+    for german, status, message in (
+        ("der die das", 2, "words="),
+        ("[der, die]", 3, "filters.yaml:5: a text is needed here"),
+        ("'der", 3, "YAML"),
+    ):
+        words.write_text(shipped.replace("function_words:\n", f"function_words:\n  de: {german}\n"))
+        words_of.cache_clear()
+        assert (got := synthesize(corpus, prompt_format=own))[0] == status, got
+        assert message in got[1]
+    words_of.cache_clear()
 
 
 def test_a_format_of_the_users_own_is_taken(bench: Any, synthesize: Synthesize) -> None:

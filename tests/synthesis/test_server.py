@@ -1,6 +1,7 @@
 """The engine that asks a server, against a real HTTP server that behaves badly on demand: nothing lost, each failure clear."""
 
 import json
+import math
 import re
 import threading
 import time
@@ -31,6 +32,8 @@ class Server(ThreadingHTTPServer):
         """By text id: what its next requests meet, one after the other."""
         self.models: Any = {"data": [{"id": "synthesizer", "max_model_len": 8192}]}
         self.seen: list[dict[str, Any]] = []
+        self.absence, self.away_until = 0.3, 0.0
+        """Seconds that it stays away once it goes, with every connection closed unanswered; and until when on the monotonic clock."""
 
     def handle_error(self, *_: object) -> None:
         """A client that gave up waiting is part of the tests."""
@@ -48,7 +51,9 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing is to be printed."""
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
+        if time.monotonic() < self.server.away_until:
+            self.close_connection = True
+        elif self.path == "/v1/models":
             self._answer(200, self.server.models)
         else:
             self._answer(404, {"detail": "Not Found"})
@@ -56,6 +61,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
+        if time.monotonic() < self.server.away_until:
+            self.close_connection = True
+            return
         prompt = (
             body["prompt"] if isinstance(body["prompt"], str) else self.server.tokenizer.decode(body["prompt"], skip_special_tokens=False)
         )
@@ -112,7 +120,18 @@ class Handler(BaseHTTPRequestHandler):
         self._well(name)
 
     def _gone(self, _: str) -> None:
+        self.server.away_until = time.monotonic() + self.server.absence
         self.close_connection = True
+
+    def _lost(self, _: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b'{"choices": [{"text": "<QUE> Which')
+        self.close_connection = True
+
+    def _short(self, name: str) -> None:
+        self._well(name, finish_reason="length")
 
     def _answer(self, status: int, value: Any, raw: bytes | None = None, **headers: str) -> None:
         content = json.dumps(value).encode() if raw is None else raw
@@ -225,12 +244,36 @@ def test_a_server_that_goes_away_is_waited_for(bench: Any, synthesize: Synthesiz
 
 
 def test_a_server_that_stays_away_stops_the_run_and_what_it_answered_is_kept(bench: Any, synthesize: Synthesize, server: Server) -> None:
-    server.behaviour = {"t003": ["gone"] * 3}
-    status, printed = synthesize(bench.corpus(6), rounds=1, **settings(server, in_flight=1))
+    server.behaviour, server.absence = {"t003": ["gone"]}, math.inf
+    status, printed = synthesize(bench.corpus(6), rounds=1, **settings(server, in_flight=1, server_patience=0.1))
     assert (status, "is gone" in printed) == (5, True)
+    server.away_until = 0.0
     before = len(server.seen)
     assert synthesize(bench.corpus(6), rounds=1, **settings(server, in_flight=1))[0] == 0
     assert len(server.seen) - before == 3, "t000 to t002 are not asked again"
+
+
+def test_connections_that_are_lost_are_no_death_of_a_server_that_answers(
+    bench: Any, synthesize: Synthesize, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_instruct.synthesis.engines.server._TRIES", 2)
+    server.behaviour = {f"t{n:03d}": ["lost"] for n in range(5)} | {"t005": ["lost"] * 2}
+    status, printed = synthesize(bench.corpus(8), rounds=1, retries=0, **settings(server))
+    assert (status, "is started again" in printed) == (0, False), printed
+    assert pairs(bench) == {f"t{n:03d}": 0 if n == 5 else 2 for n in range(8)}
+    (failed,) = (row for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed")
+    assert failed["detail"].startswith("the connection was lost 2 times, at last with: ")
+
+
+def test_a_completion_that_vllms_server_cuts_before_the_limit_is_none(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.models, server.behaviour = VLLMS, {"t001": ["short"]}
+    assert synthesize(bench.corpus(3), rounds=1, retries=0, **settings(server))[0] == 0
+    (failed,) = (row for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed")
+    assert failed["id"] == "t001"
+    assert "after 30 of max_new_tokens=400; its --generation-config" in failed["detail"]
+    server.behaviour = {"t001": ["short"]}
+    assert synthesize(bench.corpus(3), "exact", rounds=1, retries=0, max_new_tokens=30, **settings(server))[0] == 0
+    assert pairs(bench, "exact")["t001"] == 2
 
 
 def test_no_server_at_all_is_one_clear_message(bench: Any, synthesize: Synthesize) -> None:
@@ -314,8 +357,9 @@ def test_answers_of_two_models_or_forms_of_prompts_are_never_mixed(
     server.models = {"data": [{"id": "m1"}, {"id": "m2"}]}
     one, other = ({"server_model": "m1", "in_flight": 1, name: value} for value in (first, second))
     corpus = bench.corpus(4)
-    server.behaviour = {"t002": ["gone"] * 3}
-    assert synthesize(corpus, rounds=1, **settings(server, **one))[0] == 5, "t000 and t001 are in the journal"
+    server.behaviour, server.absence = {"t002": ["gone"]}, math.inf
+    assert synthesize(corpus, rounds=1, **settings(server, **one, server_patience=0.1))[0] == 5, "t000 and t001 are in the journal"
+    server.away_until = 0.0
     server.seen.clear()
     for finished in (False, True):
         status, printed = synthesize(corpus, rounds=1, **settings(server, **other))

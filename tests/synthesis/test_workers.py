@@ -1,7 +1,9 @@
 """Shares, worker processes and Ray actors: the same bytes as one process, and nothing lost when one of them dies."""
 
 import importlib.util
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,13 @@ from typing import Any
 
 import pytest
 
+from megatron_instruct.cluster import ray_cluster
+from megatron_instruct.errors import EngineError
 from megatron_instruct.manifest import read_manifest
+from megatron_instruct.synthesis.config import SynthesizeConfig
+from megatron_instruct.synthesis.dispatch import Dispatch
+from megatron_instruct.synthesis.executors import local, on_ray
+from megatron_instruct.synthesis.worker import Assignment, NextShard
 
 Start = Callable[..., subprocess.Popen[str]]
 Synthesize = Callable[..., tuple[int, str]]
@@ -107,6 +115,22 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(bench: Any, sy
     assert (status, "died with status -9, after 0 others were replaced" in printed) == (5, True)
 
 
+def test_a_worker_that_is_killed_while_it_waits_for_a_shard_is_replaced(tmp_path: Path, synthesizer_folder: Path) -> None:
+    config = SynthesizeConfig(input=("corpus",), output_dir=tmp_path, model=synthesizer_folder, replicas=2, restarts=0)
+    dispatch = Dispatch([7])
+    processes = local._Processes(Assignment(config=config, folder=tmp_path, synthesizer="x"), dispatch)
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=signal.pause)
+    worker.start()
+    processes._workers[ours] = (0, worker)
+    theirs.send(None)
+    theirs.close()
+    worker.kill()
+    with pytest.raises(EngineError, match="worker 0 died with status -9, after 0 others were replaced"):
+        processes._listen(ours, [])
+    assert dispatch.next_shard(1) == NextShard(number=7, last=True), "what it was to be given is another's"
+
+
 def test_a_workers_error_is_the_runs(bench: Any, synthesize: Synthesize, alone: Any) -> None:
     bench.script(failures={f"t{n:03d}": 9 for n in range(22)})
     status, printed = synthesize(alone, replicas=2, **SETTINGS)
@@ -127,6 +151,19 @@ def test_ray_actors_give_the_same_bytes_and_are_replaced_when_killed(bench: Any,
     assert "it is replaced (1 of 9)" in err
     assert "22 texts" in out
     assert bench.outputs("out")["examples.jsonl"] == bench.outputs("alone")["examples.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'megatron-instruct[cluster]'")
+def test_the_death_of_the_actor_that_gives_out_shards_is_one_clear_error(bench: Any, synthesize: Synthesize, alone: Any) -> None:
+    assert synthesize(alone, share="0/3", **SETTINGS)[0] == 0
+    out, scripted = bench.folder / "out", {"engine": "scripted", "script": bench.folder / "script.yaml"}
+    config = SynthesizeConfig(input=(str(alone),), output_dir=out, model=bench.model, **scripted, **SETTINGS)
+    with ray_cluster("local") as ray:
+        actors = on_ray._Actors(ray, Assignment(config=config, folder=out / "shards", synthesizer="x"), [1])
+        ray.kill(actors._dispatch)
+        with pytest.raises(EngineError, match="actor that gives out the shards died; what was finished is kept"):
+            actors.run(lambda _: None)
 
 
 def test_the_array_of_slurm_gives_the_same_bytes(bench: Any, alone: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_instruct.prompt_formats.prompt_format import FORMATS
 from megatron_instruct.synthesis.run import main as synthesize
 from megatron_instruct.tuning.evaluate import main as evaluate
 from megatron_instruct.tuning.questions import main as make_questions
@@ -82,6 +83,42 @@ def test_shots_of_the_same_data_set_are_shown_and_never_asked_about(tmp_path: Pa
         name = last.split("/")[0]
         assert first == f"{last} after {name}/{name}.jsonl:3", "gold rows of the same data set that are not evaluated, in every chain"
         assert second == f"{last} after {name}/{name}.jsonl:4"
+
+
+def test_gold_pairs_written_word_for_word_are_a_perfect_match(tmp_path: Path, rows: Path, written: Callable[..., Path]) -> None:
+    pairs = [
+        ("Who found the bug?\nOptions:\n- Ada\n- Grace", "Ada"),
+        ("Was it Ada?\nLet's think step by step.", "Ada found it.\nTherefore, the answer is yes"),
+        ("Who mended it?\nOptions:\n- Paris\n- Rome\nLet's think step by step.", "It was mended in Paris.\nTherefore, the answer is Paris"),
+    ]
+    write_rows(rows / "new.jsonl", [row(10, "new", pairs=pairs)])
+    completion = "\n\n".join(f"<QUE> {question} <ANS> {answer} </END>" for question, answer in pairs)
+    output = written(0, completions={"new/new.jsonl:1": completion})
+    assert evaluate(["--runs", "one", str(output), "--output-dir", str(tmp_path / "table")]) == 0
+    (new,) = (line for line in json.loads((tmp_path / "table" / "results.json").read_text()) if line["data_set"] == "new")
+    assert (new["pairs"], new["pair_f1"]) == (3, 1.0)
+    assert 0 < new["grounded"] < 1, "what is dropped is compared in the same words"
+
+
+def test_grounding_that_knows_no_word_of_the_language_is_no_measure(tmp_path: Path, written: Callable[..., Path]) -> None:
+    german = tmp_path / "german.yaml"
+    german.write_text((FORMATS / "instruction-synthesizer.yaml").read_text().replace("language: en", "language: de"))
+    output = written(0, "--filters", "grounding", "--prompt-format", str(german))
+    assert evaluate(["--runs", "one", str(output), "--output-dir", str(tmp_path / "table")]) == 0
+    results = json.loads((tmp_path / "table" / "results.json").read_text())
+    assert {line["grounded"] for line in results} == {None}
+    assert {line["parseable"] for line in results} == {2 / 3}
+
+
+def test_no_context_is_shown_with_its_answers_and_evaluated(tmp_path: Path) -> None:
+    rows = [row(number % 3, "seen", pairs=[(f"Question {number}?", f"Answer {number}")]) for number in range(5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert make_questions(["--input", str(path), "--output-dir", str(tmp_path / "q"), "--shots", "2"]) == 0
+    made = lines(tmp_path / "q" / "texts.jsonl")
+    shown = {line["text"] for line in made if "pairs" in line}
+    assert len(shown) == 2
+    assert [line["id"] for line in made if "gold" in line] == ["seen/rows.jsonl:3", "seen/rows.jsonl:3?0"]
+    assert shown.isdisjoint(line["text"] for line in made if "gold" in line)
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, written: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,16 @@ def test_long_contexts_are_cut_at_a_word_or_set_aside(tmp_path: Path, synthesize
     assert read_manifest(tmp_path / "aside" / "manifest.json").rejected == {"row: too long": 1}
 
 
+@pytest.mark.parametrize("words", ["研究者在村里发现了一口古井。", "one-word-", "a line\n"])
+def test_long_contexts_without_blanks_are_cut_and_never_empty(tmp_path: Path, synthesizer_tokenizer: Path, words: str) -> None:
+    long = row(1, "bugs", context=words * 300, pairs=[("Is it old?", "It may be.")])
+    corpus = write_rows(tmp_path / "rows.jsonl", [long])
+    assert prepare(corpus, tmp_path / "cut", synthesizer_tokenizer, "--seq-length", "320") == 0
+    (cut,) = lines(tmp_path / "cut" / "documents" / "bugs.jsonl")
+    assert 300 < len(load_tokenizer(synthesizer_tokenizer).encode(cut["text"])) + 2 <= 320
+    assert cut["text"].startswith(f" <CON> {words}")
+
+
 BAD_ROWS: list[tuple[object, str]] = [
     ({"QA_list": [], "rc_name": "x"}, "missing text"),
     ({"context": "text", "rc_name": "x"}, "no pairs"),

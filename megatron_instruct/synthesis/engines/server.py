@@ -1,7 +1,8 @@
 """Any running server with OpenAI's completions endpoint, such as vLLM's.
 
-Requests go out side by side, each in a thread. One that fails, times out or is answered with garbage fails alone; 429 and 5xx are asked
-again after a pause; a server that refuses connections is waited for, and is dead when it stays away. No answer is believed unseen.
+Requests go out side by side, each in a thread. One that fails, times out or is answered with garbage fails alone; 429 and 5xx, and what a
+connection was lost for while the server answers others, are asked again after a pause; a server that cannot be reached is waited for, and
+is dead when it stays away. No answer is believed unseen.
 """
 
 import math
@@ -88,11 +89,15 @@ class ServerEngine:
         openai = self._openai
         for pause in _pauses():
             try:
-                return self._completion(self._client.completions.with_raw_response.create(**self._arguments(request)))
+                return self._completion(request, self._client.completions.with_raw_response.create(**self._arguments(request)))
             except openai.APITimeoutError:
                 return Completion(error=f"no answer within request_timeout={self._settings.request_timeout:g} seconds")
             except openai.APIConnectionError as error:
-                raise EngineError(f"server {self._url} is gone: {_cause(error)}") from error
+                if not self._lives():
+                    raise EngineError(f"server {self._url} is gone: {_cause(error)}") from error
+                if pause is None:
+                    return Completion(error=f"the connection was lost {_TRIES} times, at last with: {_cause(error)}")
+                time.sleep(pause)
             except openai.APIStatusError as error:
                 if pause is None or not (error.status_code == 429 or error.status_code >= 500):
                     return Completion(error=f"the server answered {error.status_code}: {_shortened(error.message)}")
@@ -127,7 +132,7 @@ class ServerEngine:
         assert self._tokenizer is not None, "asked for with server_prompt=text"
         return self._tokenizer.decode(prompt[1:] if prompt and prompt[0] == self._tokenizer.bos else prompt)
 
-    def _completion(self, response: Any) -> Completion:
+    def _completion(self, request: Request, response: Any) -> Completion:
         value = _json(response)
         try:
             (choice,) = value["choices"]
@@ -138,6 +143,9 @@ class ServerEngine:
             raise _Garbage(f"the server's answer is no completion ({type(error).__name__}: {error}): {_content(response)}") from error
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Garbage(f"the server ended the completion with finish_reason={_shortened(reason)}, text {_shortened(text)}")
+        counted = self._model.by_vllm and self._tokenizer is None  # in the tokens that we count in
+        if counted and reason == "length" and tokens < request.max_new_tokens:
+            raise _Garbage(f"the server ended the completion after {tokens} of max_new_tokens={request.max_new_tokens}; {_SHORT}")
         return Completion(text=text, tokens=tokens, stopped=reason == "stop", cached=cached)
 
     def _find_model(self) -> "_Model":
@@ -157,6 +165,16 @@ class ServerEngine:
                 f"max_model_len={self._settings.max_model_len} is above the {longest} tokens of the server's {wanted}; lower it."
             )
         return models[wanted]
+
+    def _lives(self) -> bool:
+        """Whether the server answers at all."""
+        try:
+            self._client.models.with_raw_response.list(timeout=min(self._settings.request_timeout, 30))
+        except self._openai.APIStatusError:
+            return True
+        except self._openai.APIConnectionError:
+            return False
+        return True
 
     def _models(self) -> "list[_Model]":
         """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
@@ -181,6 +199,7 @@ class ServerEngine:
         raise AssertionError("pauses do not end")
 
 
+_SHORT = "its --generation-config or --override-generation-config has a max_new_tokens; leave that out, or lower ours."
 _HINT = (
     "; start one, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`, or mend --server-url (it ends with /v1) or the key."
 )

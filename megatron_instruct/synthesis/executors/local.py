@@ -76,6 +76,8 @@ class _Processes:
         worker, process = self._workers[connection]
         try:
             message = connection.recv()
+            if message is None:  # killed while it waits, it does not hear the answer
+                connection.send(self._dispatch.next_shard(worker))
         except (EOFError, OSError):
             process.join()
             self._forget(connection)
@@ -83,11 +85,9 @@ class _Processes:
             return
         if isinstance(message, Report):
             self._dispatch.report(worker, message)
-        elif message is None:
-            connection.send(self._dispatch.next_shard(worker))
-        elif message.failure is not None:
-            raise message.failure.error(of=f"worker {worker}: ")
-        else:
+        elif message is not None:
+            if message.failure is not None:
+                raise message.failure.error(of=f"worker {worker}: ")
             process.join()
             self._forget(connection)
 

@@ -54,6 +54,12 @@ class _Actors:
                 )
 
     def run(self, report: Callable[[Report], None]) -> None:
+        try:
+            self._run(report)
+        except self._ray.exceptions.RayActorError as error:  # that of a worker is met in _end
+            raise EngineError("the actor that gives out the shards died; what was finished is kept: run the same command again.") from error
+
+    def _run(self, report: Callable[[Report], None]) -> None:
         for worker in range(self._assignment.config.replicas):
             self._start(worker)
         while self._running:
