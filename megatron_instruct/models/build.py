@@ -174,6 +174,8 @@ def make_transformer_config(
     elif options.recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
     settings |= _checked_extra(options.transformer_config or {}, settings)
+    if machine.backend == "gloo" and layout.tensor_of_experts > 1 and settings.get("moe_expert_capacity_factor") is not None:
+        _check_equal_parts(layout, settings)
     if not machine.is_cuda and settings.get("defer_embedding_wgrad_compute"):
         settings["gradient_accumulation_fusion"] = False  # it wants apex's kernels themselves: megatron-core refuses it then
     return TransformerConfig(**settings)
@@ -241,6 +243,16 @@ def _without_unequal_parts(layout: ParallelLayout, given: Mapping[str, Any]) -> 
             f"{layout.tensor_of_experts} does not run on CPUs: gloo gathers no parts of unequal sizes; take allgather, or leave it out."
         )
     return {"moe_token_dispatcher_type": "allgather"}
+
+
+def _check_equal_parts(layout: ParallelLayout, settings: Mapping[str, Any]) -> None:
+    """Tensor ranks drop tokens of their own, and what is left they gather."""
+    if not settings.get("moe_pad_expert_input_to_capacity"):
+        raise ConfigError(
+            f"transformer_config: moe_expert_capacity_factor={settings['moe_expert_capacity_factor']} with expert_tensor_parallel_size="
+            f"{layout.tensor_of_experts} does not run on CPUs: gloo gathers no parts of unequal sizes; set expert_tensor_parallel_size=1, "
+            "or moe_pad_expert_input_to_capacity true."
+        )
 
 
 def check_fields(extra: Mapping[str, Any]) -> None:

@@ -42,12 +42,16 @@ def latest_iteration(folder: Path) -> int | None:
 
 
 def iterations(folder: Path) -> list[int]:
-    """Return the iterations of a folder's checkpoints, newest first; those above the newest that the folder names do not count."""
+    """Return the iterations of a folder's checkpoints, newest first; those above the newest that the folder names do not count.
+
+    Where it names none, all that have a manifest count: LATEST was lost, or a run was killed before it named its first one.
+    """
     named = latest_iteration(folder)
+    found = [path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
     if named is None:
-        return []
-    found = [int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
-    return sorted({named, *(number for number in found if number <= named)}, reverse=True)
+        found = [path for path in found if (path / "manifest.json").is_file()]
+    numbers = [int(path.name.removeprefix("iter_")) for path in found]
+    return sorted(numbers if named is None else {named, *(number for number in numbers if number <= named)}, reverse=True)
 
 
 def write_latest(folder: Path, iteration: int) -> None:

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 
 
 def add_z_loss(model: GPTModel, coefficient: float) -> None:
-    """Make the loss of each token carry the z-loss's gradient, on the rank that computes it. Padding of the vocabulary counts in Z."""
+    """Make the loss of each token carry the z-loss's gradient, on the rank that computes it."""
     if model.post_process:
         model.compute_language_model_loss = partial(_loss, model.compute_language_model_loss, coefficient)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Family
+from megatron_instruct.models.presets import DIMENSIONS
 from megatron_instruct.planning.gpus import Precision
 
 
@@ -129,3 +130,9 @@ class PlanConfig:
             raise ConfigError(f"choose={self.output.choose} must be one of the top={self.output.top} layouts; give 1 to {self.output.top}.")
         if self.model.hf_folder is not None and self.model.preset is not None:
             raise ConfigError(f"preset={self.model.preset} and hf_folder={self.model.hf_folder}: two models; give one of them.")
+        given = [name for name in DIMENSIONS if getattr(self.model, name, None) is not None]
+        if self.model.hf_folder is not None and given:
+            raise ConfigError(
+                f"{given[0]}={getattr(self.model, given[0])} does not go with hf_folder={self.model.hf_folder}, whose config.json says the "
+                "model's size; drop either."
+            )

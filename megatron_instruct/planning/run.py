@@ -25,6 +25,8 @@ from megatron_instruct.planning.validation import table
 
 SETTINGS, SCRIPT, PLAN, CHART = "pretrain.yaml", "run.sh", "plan.json", "plan.png"
 """Files that --write makes."""
+_GENERATIONS = {"blockwise": ("hopper", "blackwell"), "mxfp8": ("blackwell",)}
+"""Which GPUs can do a recipe, where not all with FP8 can (as training.fp8 has it)."""
 _MOST_GPUS = 65536
 """How far to look for a number of GPUs that is enough."""
 
@@ -63,8 +65,12 @@ def make_task(config: PlanConfig) -> Task:
         gpus_per_node=cluster.gpus_per_node,
     )
     check_precision(gpu, training.precision)
-    if training.precision == "fp8" and training.fp8_recipe == "mxfp8" and gpu.generation != "blackwell":
-        raise ConfigError(f"fp8_recipe=mxfp8 needs a Blackwell GPU, and {gpu.kind} is none; take fp8_recipe=tensorwise or delayed.")
+    able = _GENERATIONS.get(training.fp8_recipe, (gpu.generation,))
+    if training.precision == "fp8" and gpu.generation not in able:
+        raise ConfigError(
+            f"fp8_recipe={training.fp8_recipe} needs a {' or '.join(map(str.title, able))} GPU, and {gpu.kind} is none; "
+            "take fp8_recipe=tensorwise or delayed."
+        )
     node = gpu.gpus_per_node
     if cluster.num_gpus > node and cluster.num_gpus % node:
         less = cluster.num_gpus - cluster.num_gpus % node

@@ -1,6 +1,7 @@
 """A chosen layout -> the settings and the command line that start it. The names are tools/pretrain.py's."""
 
 import math
+import shlex
 from typing import Any
 
 import yaml
@@ -77,6 +78,6 @@ def command_line(estimate: Estimate, *, config: str, checkpoint: bool) -> str:
     return f"""#!/usr/bin/env bash
 # {machines}.
 set -euo pipefail
-torchrun {where} --nproc-per-node {min(gpus, node)} tools/pretrain.py --config {config}{load} \\
+torchrun {where} --nproc-per-node {min(gpus, node)} tools/pretrain.py --config {shlex.quote(config)}{load} \\
     --train-data-path "${{DATA:-data/text_document}}" --tokenizer-model "${{TOKENIZER:-tokenizer}}" --save "${{SAVE:-checkpoints/run}}" "$@"
 """

@@ -23,7 +23,7 @@ from megatron_instruct.errors import TrainingError
 from megatron_instruct.files import read_json, write_json
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.random_streams import random_states, set_random_states
-from megatron_instruct.training.expert_losses import expert_losses, restore_expert_losses
+from megatron_instruct.training.expert_losses import expert_losses, restore_expert_losses, scale_expert_losses
 from megatron_instruct.training.first_fault import Fault, Faults
 from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.pieces import pieces
@@ -92,6 +92,8 @@ class Steps:
             for stream in streams:
                 stream.leave_out(shape.num_microbatches)
             return Outcome(result=None, checkpoint=None, exit_code=0)
+        if shape.leaves_tokens_out and self._of.models[0].config.num_moe_experts is not None:
+            scale_expert_losses(self._of.models[0].config, streams[0].peek(shape.num_microbatches))
         before, watch, reasons = self._state(), Faults(self._of.models), list[str]()
         for attempt in (1, 2):
             with contextlib.ExitStack() as looking:

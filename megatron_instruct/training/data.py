@@ -65,19 +65,18 @@ def component_names(config: PretrainConfig, sources: DataSources) -> tuple[str, 
 
 def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:
     batch, validation = config.batch, _validation_size(config)
-    if not sources.phases and not config.data.strict_epochs:
+    if not config.data.whole_epochs:
         sizes = [batch.train_iters * batch.global_batch_size, validation, 0]
         name = _name(config, sources.train, sources.valid, sources.split, sources.fingerprint, sizes)
         train, valid = cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))
         return train, valid
-    kind = StrictEpochDataset if config.data.strict_epochs else RoleWeightedDataset
     used: dict[str, int] = {}
     parts: list[tuple[int, Any]] = []
     plan = [(source.blend, source.phase.start, source.phase.end, source.fingerprint) for source in sources.phases]
     for of_phase, start, end, fingerprint in plan or [(sources.train, 0, batch.train_iters, sources.fingerprint)]:
         first = batch.samples_before(start)
         length = batch.samples_before(end) - first
-        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, kind=kind)
+        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, kind=StrictEpochDataset)
         parts.append((first, part))
         drawn = counts(part, of_phase[0], length)
         used = {**used, **{prefix: used.get(prefix, 0) + count for prefix, count in drawn.items()}}

@@ -3,7 +3,7 @@
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import BatchPlan
-from megatron_instruct.models.checkpoint_folder import latest_iteration
+from megatron_instruct.models.checkpoint_folder import iterations, latest_iteration
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.planning.constants import load_constants
 from megatron_instruct.planning.estimate import Estimate
@@ -49,7 +49,7 @@ def describe(config: PretrainConfig) -> str:
 def _architecture(config: PretrainConfig) -> tuple[Architecture, str]:
     """Return the model, from a checkpoint where there is one, and where it is from."""
     options, tokenizer = config.checkpoint, config.data.tokenizer_model
-    if any(folder is not None and latest_iteration(folder) is not None for folder in (options.save, options.load)):
+    if iterations(options.save) or (options.load is not None and latest_iteration(options.load) is not None):
         start = find_start(config)
         return start.architecture, f"as in {start.path}"
     if tokenizer is not None and tokenizer.exists():

@@ -13,6 +13,7 @@ from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.build import build_model, join_model_parallel_groups
 from megatron_instruct.models.checkpoint import load_weights
 from megatron_instruct.models.layout import ParallelLayout
+from megatron_instruct.models.vocabulary_padding import leave_out_padding
 from megatron_instruct.models.z_loss import add_z_loss
 from megatron_instruct.platform.device import Machine
 from megatron_instruct.tokenizer import Tokenizer
@@ -77,9 +78,10 @@ def build_run(
     models = build_model(start.architecture, layout, machine, build_options(config))
     if start.path is not None and not start.resumes:
         load_weights(start.path, models)
-    if config.batch.z_loss_coeff:
-        for model in models:
+    for model in models:
+        if config.batch.z_loss_coeff:
             add_z_loss(model, config.batch.z_loss_coeff)
+        leave_out_padding(model, start.architecture.vocab_size)
     chunks = wrap_data_parallel(models, config.parallel)
     optimizer = make_optimizer(chunks, config.parallel, config.batch, machine, config.precision, config.optimizer)
     if start.path is not None and start.resumes:
@@ -232,6 +234,7 @@ def _shape(run: Run, num_microbatches: int) -> StepShape:
         seq_length=batch.seq_length,
         document_end=run.document_end if run.config.data.reset_attention_mask else None,
         packs=run.machine.is_cuda and not run.config.fp8.fp8_emulation,
+        leaves_tokens_out=bool(run.config.data.role_weights) or run.config.data.eod_mask_loss,
     )
 
 

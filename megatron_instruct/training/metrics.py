@@ -1,5 +1,6 @@
 """What a run says while it runs: one line per log interval, metrics.jsonl always, TensorBoard and W&B where asked, samples."""
 
+import importlib.util
 import json
 import time
 import uuid
@@ -42,6 +43,14 @@ class RunSize:
         return iterations * self.tokens_per_iteration if self.tokens_before is None else self.tokens_before(iterations)
 
 
+def check_packages(tensorboard_dir: Path | None, watch: WatchOptions | None) -> None:
+    """Raise MissingPackageError where what is to get the log is not installed."""
+    if tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
+        raise MissingPackageError("tensorboard", extra="train", purpose="--tensorboard-dir")
+    if watch is not None and watch.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise MissingPackageError("wandb", extra="wandb", purpose="--wandb-project")
+
+
 class Metrics:
     """Writes the log of one run, on one rank; on the others it is silent. To be used in a `with` block."""
 
@@ -62,15 +71,14 @@ class Metrics:
         self._since, self._last_iteration = time.perf_counter(), start_iteration
         if not writes:
             return
+        check_packages(tensorboard_dir, watch)
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._samples = folder / METRICS_FILE, folder / SAMPLES_FILE
         _keep_until(self._path, start_iteration)
         _keep_until(self._samples, start_iteration)
         if tensorboard_dir is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingPackageError("tensorboard", extra="train", purpose="--tensorboard-dir") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start_iteration + 1)
         if watch is not None and watch.wandb_project is not None:
             self._wandb = _start_wandb(folder, watch, settings or {})
@@ -191,10 +199,8 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _start_wandb(folder: Path, watch: WatchOptions, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingPackageError("wandb", extra="wandb", purpose="--wandb-project") from error
+    import wandb
+
     mark = folder / _WANDB_ID
     if not mark.is_file():
         with atomic_write(mark) as stream:

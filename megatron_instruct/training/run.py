@@ -18,14 +18,18 @@ from typing import Any
 
 from megatron_instruct.config import as_yaml, flat, run_tool
 from megatron_instruct.errors import LostProcessError
-from megatron_instruct.files import atomic_folder, atomic_write, locked
+from megatron_instruct.files import atomic_folder, atomic_write
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.metrics import check_packages
 from megatron_instruct.training.settings.parallel import ParallelOptions
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON, StoppedEarly
+from megatron_instruct.workspace import held
 
 SETTINGS = "settings.yaml"
 """File in --save with the settings of the run, as --config reads them."""
+_MADE = (SETTINGS, "tokenizer", "metrics.jsonl", "samples.jsonl", "faults.jsonl")
+"""What a run from the start replaces in --save, where an earlier run left it."""
 _PATIENCE = 30.0
 """Seconds that a process with an error waits for the first process of its machine to tell it and torchrun to end them all."""
 _ROLL_CALL = 5.0
@@ -75,6 +79,7 @@ def run(config: PretrainConfig) -> None:
     from megatron_instruct.platform import noise
 
     config.optimizer.check_installed()
+    check_packages(config.checkpoint.tensorboard_dir, config.watch)
     noise.silence()
     # torch and megatron-core take seconds to import: --help and a wrong flag answer without them
     from megatron_instruct.training.plan import check_model_settings, plan_batches, plan_layout
@@ -96,7 +101,8 @@ def run(config: PretrainConfig) -> None:
 
     check_machine(config, start.architecture, layout, device.current())
     speaks_for_all = os.environ.get("RANK", "0") == "0"
-    with locked(config.checkpoint.save) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
+    made_by_a_run = () if start.resumes else [config.checkpoint.save / name for name in _MADE]
+    with held(config.checkpoint.save, made_by_a_run) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
         if speaks_for_all:
             with atomic_write(config.checkpoint.save / SETTINGS) as stream:
                 stream.write(as_yaml(config))
@@ -161,6 +167,7 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
     """Build everything and run the loop. Every process runs this; a process group that exists already is used and left in place."""
     import torch.distributed
 
+    from megatron_instruct.models.checkpoint_folder import latest_iteration, write_latest
     from megatron_instruct.platform import device
     from megatron_instruct.training.loop import build_run, loop
     from megatron_instruct.training.metrics import Metrics, RunSize
@@ -182,6 +189,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         peak_memory=functools.partial(device.peak_memory, machine),
     )
     if first:
+        if start.resumes and latest_iteration(config.checkpoint.save) is None:
+            write_latest(config.checkpoint.save, start.iteration)
         keep_tokenizer(start.tokenizer_path, config.checkpoint.save / "tokenizer", resumes=start.resumes)
         for reason in start.passed_over:
             print(f"passed over: {reason}", flush=True)

@@ -194,7 +194,7 @@ def _check_sizes(config: PretrainConfig, sources: DataSources, *, validates: boo
     for (prefixes, weights), part, samples, setting in wanted:
         tokens = [check_share(sources.indices[prefix], split, part=part) for prefix in prefixes]
         there = sum((count - 1) // length for count in tokens)
-        once = weights is None and len(prefixes) > 1 and not config.data.strict_epochs
+        once = weights is None and len(prefixes) > 1 and not config.data.whole_epochs
         if once and samples is not None and there < samples:
             raise ConfigError(
                 f"{setting}={samples // size}: so many global batches are {samples:,} sequences of {length} tokens, and "

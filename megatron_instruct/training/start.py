@@ -12,7 +12,7 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.manifest import Manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import check_positions
-from megatron_instruct.models.checkpoint_folder import latest_iteration, read_description
+from megatron_instruct.models.checkpoint_folder import iterations, read_description
 from megatron_instruct.models.presets import DIMENSIONS, make_architecture, preset
 from megatron_instruct.tokenizer import Tokenizer, load_tokenizer
 from megatron_instruct.training.checkpoint_choice import check_identity, damage_of, newest_candidate
@@ -57,7 +57,7 @@ def find_start(config: PretrainConfig, *, passed_over: Mapping[int, str] | None 
     passed_over: iterations of this run whose checkpoints are known to be damaged, each with the reason.
     """
     options = config.checkpoint
-    resumes = latest_iteration(options.save) is not None
+    resumes = bool(iterations(options.save))
     source = options.save if resumes else options.load
     tokenizer_path = config.data.tokenizer_model or (source / "tokenizer" if source is not None else None)
     if tokenizer_path is None:
@@ -148,7 +148,7 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         "tokenizer": start.tokenizer.fingerprint,
         "data": sources.fingerprint,
         "phases": [source.to_json() for source in sources.phases] or None,
-        "strict_epochs": config.data.strict_epochs or None,
+        "strict_epochs": config.data.whole_epochs or None,
         "split": config.data.split if config.data.data_path else None,
         "eod_mask_loss": config.data.eod_mask_loss,
         "reset_attention_mask": config.data.reset_attention_mask,

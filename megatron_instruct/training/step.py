@@ -38,6 +38,8 @@ class StepShape:
     """Id of the end-of-document token where attention stops at it; None where it runs on."""
     packs: bool = False
     """Documents go to the model as Transformer Engine takes them: the microbatch as one sequence, with its bounds."""
+    leaves_tokens_out: bool = False
+    """Not every token counts in the loss."""
     components: int = 0
     """Data sets of a blend whose losses are told apart; 0 where they are not."""
 

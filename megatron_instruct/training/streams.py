@@ -21,6 +21,12 @@ class Replayable:
         self._next += 1
         return self._taken[self._next - 1]
 
+    def peek(self, microbatches: int) -> list[Any]:
+        """Return so many of the next ones, which are still to be taken."""
+        while len(self._taken) < self._next + microbatches:
+            self._taken.append(next(self._source))
+        return self._taken[self._next : self._next + microbatches]
+
     def rewind(self) -> None:
         """Give the microbatches since `done` again."""
         self._next = 0

@@ -27,7 +27,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A plan's folder, about the third layout of its table, and what was printed."""
-    folder = tmp_path_factory.mktemp("plan") / "plan"
+    folder = tmp_path_factory.mktemp("plan") / "a plan"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main([*SEVENTY, "--write", str(folder), "--choose", "3"]) == 0
@@ -107,7 +107,7 @@ def test_the_script_starts_torchrun_with_the_settings(written: tuple[Path, str],
     done = subprocess.run(
         ["bash", str(folder / "run.sh"), "--seed", "7"], capture_output=True, text=True, env=environment, check=True, cwd=ROOT
     )
-    words = done.stdout.split()
+    words = done.stdout.splitlines()
     given = {"--nnodes": "8", "--nproc-per-node": "8", "--rdzv-endpoint": "first:29500", "--train-data-path": "my/data"}
     assert {flag: words[words.index(flag) + 1] for flag in given} == given
     assert words[words.index("--config") + 1] == str(folder / "pretrain.yaml")
@@ -155,11 +155,13 @@ BASE = {"--preset": "8B", "--gpu": "h100", "--num-gpus": "8", "--global-batch-si
         ({"--precision": "fp8", "--fp8-recipe": "mxfp8"}, "fp8_recipe=mxfp8 needs a Blackwell GPU, and h100 is none"),
         ({"--seq-length": "16384"}, "seq_length=16384 is longer than the model's max_position_embeddings=8192"),
         ({"--choose": "11"}, "choose=11 must be one of the top=10 layouts"),
+        ({"--gpu": "l40s", "--precision": "fp8", "--fp8-recipe": "blockwise"}, "needs a Hopper or Blackwell GPU, and l40s is none"),
         ({"--hf-folder": "no/where"}, "two models; give one of them"),
+        ({"--preset": None, "--hf-folder": "no/where", "--num-layers": "4"}, "num_layers=4 does not go with hf_folder=no/where"),
     ],
 )
-def test_what_cannot_be_planned_says_what_to_do(changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [word for pair in {**BASE, **changes}.items() for word in pair]
+def test_what_cannot_be_planned_says_what_to_do(changes: dict[str, str | None], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for pair in {**BASE, **changes}.items() if pair[1] is not None for word in pair]
     status, out, errors = plan(capsys, *words)
     assert (status, out) == (2, "")
     assert message in errors

@@ -137,6 +137,7 @@ ONE: dict[str, tuple[object, ...]] = {
     "growing batch": GROWING,
     "muon": MUON,
     "window": WINDOW,
+    "other padding": ("--make-vocab-size-divisible-by", 1000),
     "weight gradients apart": ("--transformer-config", "gradient_accumulation_fusion", "false"),
 }
 TWO: dict[str, tuple[object, ...]] = {

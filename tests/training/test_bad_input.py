@@ -96,6 +96,15 @@ def start(words: list[str]) -> None:
             2,
             r"does not take these settings: .*gradient accumulation fusion",
         ),
+        (
+            [
+                *("--preset", "tiny-experts", "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+                *("--transformer-config", "moe_expert_capacity_factor", "0.6"),
+            ],
+            2,
+            r"moe_expert_capacity_factor=0.6 with expert_tensor_parallel_size=2 does not run on CPUs",
+        ),
+        (["--reset-position-ids"], 1, r"reset_position_ids=True changes nothing without reset_attention_mask=True"),
         (["--moe-z-loss-coeff", 0.1], 1, r"moe_z_loss_coeff: the family llama has no experts"),
         (["--min-lr", 1], 1, r"0 <= min_lr <= lr"),
         (["--lr-warmup-iters", 20], 1, r"lr_warmup_iters=20 must be below"),

@@ -108,6 +108,24 @@ def test_a_checkpoint_above_the_named_one_does_not_count(saved: Path) -> None:
     assert newest_candidate(saved).passed_over == ()
 
 
+def test_where_no_checkpoint_is_named_the_newest_is_gone_on_from(saved: Path) -> None:
+    """Its name was lost, or the run was killed before it was written: beginning anew would replace checkpoints that are whole."""
+    (saved / "latest_checkpointed_iteration.txt").unlink()
+    assert newest_candidate(saved).path == saved / "iter_0000020"
+    (saved / "iter_0000020" / "manifest.json").unlink()
+    assert newest_candidate(saved).path == saved / "iter_0000010"
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "metrics.jsonl", "settings.yaml"])
+def test_what_no_run_left_in_the_folder_is_neither_replaced_nor_removed(name: str, flags: Flags, tmp_path: Path) -> None:
+    path = tmp_path / "save" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match=rf"save/{name.split('/')[0]} exists already and has no manifest: it is not this tool's"):
+        start(flags(tmp_path / "save"))
+    assert path.read_text() == "{}\n"
+
+
 def test_weights_of_another_tokenizer_are_refused(flags: Flags, saved: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "other")
     content = json.loads((tmp_path / "other" / "tokenizer.json").read_text())

@@ -200,6 +200,17 @@ def test_a_phase_goes_on_where_the_phases_before_stopped_in_its_data_sets(feed: 
     assert sum(of_other[80:]) == 40
 
 
+def test_phases_repeat_nothing_before_a_data_set_is_used_up_and_then_take_all_of_it_again(feed: Feed, other_data: Path) -> None:
+    total = int(tokens_of_documents(other_data).sum())
+    steps = total // 64 // 8
+    phases = (f"{{until: {steps // 2}, data_path: {other_data}}}", f"{{data_path: {other_data}}}")
+    once = feed("--phases", *phases, "--train-iters", steps, drop=("--data-path", "--eval-interval"))
+    assert len({tuple(once.pieces(number)) for number in range(steps * 8)}) == steps * 8
+    more = feed("--phases", *phases, "--train-iters", steps + steps // 2, drop=("--data-path", "--eval-interval"))
+    first = math.ceil(total / 64)
+    assert len({tuple(more.pieces(number)) for number in range(first)}) == first
+
+
 def test_a_later_phase_can_change_without_a_trace_in_the_samples_before(feed: Feed, data: Path, other_data: Path) -> None:
     one = (f"{{until: 10, data_path: {data}}}", f"{{data_path: 0.5 {data} 0.5 {other_data}}}")
     other = (one[0], f"{{data_path: 0.1 {data} 0.9 {other_data}}}")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,14 @@ def test_the_loss_that_balances_experts_is_the_one_that_was_asked_for(alone: dic
     assert all(1.0 <= row[2] < 2.0 for row in of_microbatch), "1 is perfect balance"
     lines = [json.loads(line) for line in (of_sequence / "metrics.jsonl").read_text().splitlines()]
     assert all(line["seq_load_balancing_loss"] >= 1.0 for line in lines if "loss" in line)
+
+
+def test_the_router_s_losses_weigh_the_same_where_few_tokens_count_in_the_loss(torchrun_session: Any) -> None:
+    done = torchrun_session(1, Path(__file__).with_name("expert_losses_beside_weights.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["added"] > 0.01
+    assert found["difference"] < 1e-5 * found["added"]
 
 
 @pytest.mark.slow

@@ -58,6 +58,17 @@ def test_the_sbatch_script_requeues_what_goes_on_and_never_loops(tmp_path: Path,
     assert result.returncode == (0 if requeued else status)
 
 
+@pytest.mark.parametrize("flags", [("--save", "else where"), ("--save=else where",)])
+def test_the_sbatch_script_looks_at_the_checkpoints_of_another_folder(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    (tmp_path / "else where").mkdir()
+    command(tmp_path / "srun", "echo 20 > 'else where/latest_checkpointed_iteration.txt'; exit 75")
+    command(tmp_path / "scontrol", 'echo "scontrol $*" >> calls')
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "a", "SLURM_JOB_NUM_NODES": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(SBATCH), "tiny", "vanilla", *flags]
+    result = subprocess.run(words, cwd=tmp_path, env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
+    assert (result.returncode, "scontrol requeue 17" in (tmp_path / "calls").read_text()) == (0, True), result.stderr
+
+
 def test_the_kubernetes_job_fails_at_once_where_starting_again_does_not_help() -> None:
     service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes" / "pretrain.yaml").read_text())
     spec, pod = job["spec"], job["spec"]["template"]["spec"]

@@ -80,6 +80,11 @@ def test_weight_gradients_added_up_by_the_product_are_those_added_up_apart(one: 
     assert settings[0] != settings[1]
 
 
+def test_a_loss_does_not_depend_on_the_rows_that_pad_the_vocabulary(one: dict[str, Path]) -> None:
+    """As their number does on the tensor ranks."""
+    assert_equal_runs(one["other padding"], one["reference"], tolerance=1e-5)
+
+
 def test_validation_takes_whole_batches_while_the_batch_grows(one: dict[str, Path]) -> None:
     grown, reference = (read_metrics(one[name]).validation for name in ("growing batch", "reference"))
     assert grown[0] == pytest.approx(reference[0], abs=1e-6, rel=0.0), "the same samples before the first step, in other micro batches"

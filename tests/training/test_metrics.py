@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_instruct.training.metrics import Metrics, RunSize
 from megatron_instruct.training.settings.watching import WatchOptions
 
 from .conftest import CONTEXT, INTERLEAVED, SEQUENCE, Runs
+from .test_bad_input import start
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = RunSize(train_iters=10, tokens_per_iteration=100, flops_per_token=1e3, peak_flops=1e9, devices=4, peak_memory=lambda: 3 << 29)
@@ -187,6 +189,15 @@ def test_prompts_that_are_missing_empty_or_too_long_are_refused(tokenizer_folder
         read_prompts(path, tokenizer, new_tokens=4, positions=64)
 
 
+def test_wandb_that_is_not_installed_is_told_before_anything_is_made(
+    flags: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackageError, match="--wandb-project needs the package wandb"):
+        start(flags(tmp_path / "save", "--wandb-project", "test"))
+    assert not (tmp_path / "save").exists()
+
+
 def test_wandb_that_is_not_installed_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingPackageError, match=r"--wandb-project needs the package wandb; install it with: pip"):
@@ -196,9 +207,9 @@ def test_wandb_that_is_not_installed_is_told_with_the_remedy(tmp_path: Path, mon
 def test_wandb_offline_keeps_what_is_logged_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is an optional package: pip install wandb")
     watch = WatchOptions(wandb_project="test", wandb_mode="offline")
-    for start in (0, 2):  # a resumed run is the same one
-        with Metrics(tmp_path, SIZE, start_iteration=start, tensorboard_dir=None, writes=True, watch=watch, settings={"lr": 0.1}) as log:
-            log.training(start + 1, loss=1.5, lr=0.1, grad_norm=2.0)
+    for begin in (0, 2):  # a resumed run is the same one
+        with Metrics(tmp_path, SIZE, start_iteration=begin, tensorboard_dir=None, writes=True, watch=watch, settings={"lr": 0.1}) as log:
+            log.training(begin + 1, loss=1.5, lr=0.1, grad_norm=2.0)
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len({folder.name.split("-")[3] for folder in folders}) == 1  # offline-run-TIME-ID, and -1 behind it in the same second
     assert list(folders[0].glob("*.wandb"))

@@ -37,3 +37,9 @@ def test_embeddings_are_exempt_where_that_is_asked_for(parts: dict[str, Any]) ->
 def test_the_gradient_of_the_z_loss_is_that_of_the_plain_formula_and_the_loss_stays_the_cross_entropy(parts: dict[str, Any]) -> None:
     assert parts["loss"] < 1e-5
     assert parts["gradient"] < 1e-5
+
+
+def test_rows_that_pad_the_vocabulary_have_no_part_in_the_loss_nor_in_the_z_loss(parts: dict[str, Any]) -> None:
+    """Their number is a matter of the tensor ranks."""
+    assert parts["loss without padding"] < 1e-5
+    assert parts["gradient without padding"] < 1e-5

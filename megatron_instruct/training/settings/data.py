@@ -25,7 +25,7 @@ class DataOptions:
     valid_data_path: tuple[str, ...] = ()
     """As data_path, for validation only."""
     strict_epochs: bool = False
-    """Take every document exactly once in each epoch of its data set, in an order that a longer run begins with, too."""
+    """Take every document exactly once in each epoch of its data set, in an order that a longer run begins with, too; phases always do."""
     data_cache_path: Path | None = None
     """Folder of the index caches (default: SAVE/cache). Machines that do not share it build their own."""
     tokenizer_model: Path | None = None
@@ -44,6 +44,11 @@ class DataOptions:
     num_workers: int = 0
     """Processes that read batches ahead, per rank."""
 
+    @property
+    def whole_epochs(self) -> bool:
+        """Whether epochs are strict. A phase goes on where another stopped, which an order that depends on a data set's samples forbids."""
+        return self.strict_epochs or bool(self.phases)
+
     def __post_init__(self) -> None:
         if sum(map(bool, (self.data_path, self.train_data_path, self.phases))) != 1:
             raise ConfigError("give either data_path, or train_data_path or phases (with valid_data_path).")
@@ -51,6 +56,11 @@ class DataOptions:
             raise ConfigError("valid_data_path goes with train_data_path or phases; data_path is divided by split.")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers={self.num_workers} must not be negative; 0 reads in the process that trains.")
+        if self.reset_position_ids and not self.reset_attention_mask:
+            raise ConfigError(
+                "reset_position_ids=True changes nothing without reset_attention_mask=True: positions are rotary, and attention sees only "
+                "how far two tokens are apart; set reset_attention_mask=True too, or drop reset_position_ids."
+            )
         parse_phases(self.phases)
         known = [role for role in ROLE_CODES if role != "padding"]
         for role, weight in self.role_weights.items():
