@@ -22,12 +22,14 @@ def ray_cluster(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    # Ray 2.60 takes no address for the cluster that was last started on this machine, and tries for minutes where that one was killed
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray 2.60: leave CUDA_VISIBLE_DEVICES alone where no GPU is claimed
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise ConfigError(f"ray_address={address!r}: no Ray cluster answers there ({error}).") from error
+        ray.init(address=place, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"ray_address={place!r}: no Ray cluster answers there ({error}).") from error
     try:
         yield ray
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.errors import MissingPackageError
+from megatron_instruct.errors import ConfigError, MissingPackageError
 
 WIDTH, HEIGHT = 720.0, 220.0
 """Of a chart's box, without its labels."""
@@ -56,6 +56,12 @@ class Chart:
     """Heights of the lines across, and their labels."""
     marks: list[tuple[float, str]]
     """Places along the bottom, and their labels."""
+
+
+def require_page(setting: str, path: Path | None) -> None:
+    """Raise ConfigError where a page is to be written over what is named as no page."""
+    if path is not None and path.suffix not in (".html", ".htm"):
+        raise ConfigError(f"{setting}={path} is written as a page; give it a name that ends in .html.")
 
 
 def render_page(folder: Path, template: str, content: dict[str, Any], *, extra: str) -> str:

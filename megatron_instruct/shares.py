@@ -116,10 +116,10 @@ def _forget_shares(folder: Path, door: IO[str]) -> None:
         file.unlink()
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: Path, stage: str | None = None) -> None:
     """Remove a folder of work that this run holds for all shares; who waits for it finds a new one."""
     with _door(folder):
-        remove(folder)
+        remove(folder, stage)
 
 
 def _remove_door(folder: Path) -> None:

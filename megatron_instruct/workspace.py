@@ -1,8 +1,8 @@
 """The folder of unfinished work: no leftovers of another run, and nothing of anybody else's.
 
 Comes in: a plan, {"settings": …, "inputs": …} and what else decides what the parts hold. A folder that holds the parts of the same plan is
-gone on with; parts of another plan are removed, or refused where they were dear. What bears no mark of a run, its plan or its lock, is
-neither removed nor written over.
+gone on with; parts of another plan are removed, or refused where they were dear or its "stage" is another. What bears no mark of a run, its
+plan or its lock, is neither removed nor written over.
 """
 
 import contextlib
@@ -25,14 +25,20 @@ def plan_of(folder: Path) -> Any:
     return plan if isinstance(plan, dict) and "settings" in plan else None
 
 
-def is_own(folder: Path) -> bool:
-    """Say whether `folder` is there and was made by a run: it holds a plan, or nothing but locks."""
-    return folder.is_dir() and (plan_of(folder) is not None or all(_is_mark(entry) for entry in folder.iterdir()))
+def is_own(folder: Path, stage: str | None = None) -> bool:
+    """Say whether `folder` is there and was made by a run: it holds a plan of this stage, or nothing but locks."""
+    if not folder.is_dir():
+        return False
+    plan = plan_of(folder)
+    return all(map(_is_mark, folder.iterdir())) if plan is None else plan.get("stage") == stage
 
 
-def require_own(folder: Path) -> None:
-    """Raise InputError where `folder` holds what no run of this tool put there."""
-    if folder.is_dir() and not is_own(folder):
+def require_own(folder: Path, stage: str | None = None) -> None:
+    """Raise InputError where `folder` holds what no run of this stage put there."""
+    if folder.is_dir() and not is_own(folder, stage):
+        if (plan := plan_of(folder)) is not None:
+            whose = f"of {plan['stage']}" if plan.get("stage") else "of another tool"
+            raise InputError(f"{folder} holds unfinished work {whose}; let its command finish it, choose another output or move it away.")
         first = min(entry.name for entry in folder.iterdir() if not _is_mark(entry))
         raise InputError(
             f"{folder} holds {first} and no {_PLAN} of a run, so it is not this tool's; choose another output or move it away."
@@ -68,8 +74,8 @@ def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = T
     found = plan_of(folder)
     if found == plan:
         return
+    require_own(folder, plan.get("stage"))
     if found is None:
-        require_own(folder)
         require_absent(outputs)
     elif not alone:
         raise ConfigError(f"another share is at work in {folder} with other inputs or settings; give all shares the same command.")
@@ -79,16 +85,18 @@ def take_up(folder: Path, plan: Any, *, outputs: Sequence[Path], alone: bool = T
         raise ConfigError(f"{folder} holds unfinished work made {made}; give the same ones, or remove {folder} to begin anew.")
     else:
         print(f"Leftovers of an unfinished run with other inputs or settings are removed from {folder}.")
-        write_json(folder / _PLAN, {"settings": {}})  # nobody's, should this run be killed before all is removed
+        write_json(folder / _PLAN, {**plan, "settings": {}})  # nobody's, should this run be killed before all is removed
         _clear(folder)
     write_json(folder / _PLAN, plan)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder of work, its plan last; what no run made is left as it is."""
-    if is_own(folder):
+def remove(folder: Path, stage: str | None = None) -> None:
+    """Remove a folder of work, its plan last, and a link to it; what no run of this stage made is left as it is."""
+    if is_own(folder, stage):
         _clear(folder)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.resolve())
+        if folder.is_symlink():
+            folder.unlink()
 
 
 def _clear(folder: Path) -> None:

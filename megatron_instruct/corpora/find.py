@@ -7,6 +7,7 @@ Comes in: what a user names. Goes out: regular files of known suffixes, each onc
 import fnmatch
 import glob
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,21 @@ def _resolve(given: str) -> list[Path]:
     if path.exists() or path.is_symlink():
         return [_checked(path)]
     matches = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+    _require_readable(path, given)
     files = [file for match in matches for file in (_of_folder(match) if match.is_dir() else [match]) if not file.name.endswith(REJECTS)]
     if not files:
         bracket = "; in a pattern, [[] stands for a bracket" if "[" in given else ""
         raise InputError(f"input {given}: no such file, folder or pattern{bracket}; {_KNOWN}.")
     return [_checked(file) for file in files]
+
+
+def _require_readable(pattern: Path, given: str) -> None:
+    """Raise InputError for a folder that may not be read, which glob passes over as if it were empty."""
+    for above, name in zip(pattern.parents, (pattern, *pattern.parents), strict=False):
+        needed = os.R_OK | os.X_OK if glob.has_magic(name.name) else os.X_OK
+        for folder in glob.iglob(f"{above}/", recursive=True):
+            if not os.access(folder, needed):
+                raise InputError(f"input {given}: the folder {folder} may not be read; make it readable, or narrow the pattern.")
 
 
 def _checked(path: Path) -> Path:

@@ -34,6 +34,8 @@ from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.workspace import is_own, remove, require_own, take_up
 
 _STAGE = "preprocess"
+_WORK = "merge"
+"""What unfinished work says it is of: no run of preprocess_data.py takes it for its own."""
 _MUST_AGREE = ("append_eod", "prepend_bos", "split_sentences", "pack_sequence_length")
 """Settings of preprocessing that say what a sequence and a document of the data set are."""
 
@@ -87,17 +89,17 @@ def run(config: MergeConfig) -> Manifest:
     settings = {**sources[0].settings, "tokenizer": tokenizer["fingerprint"], "merged": [source.files[0].sha256 for source in sources]}
     inputs = tuple(file for source in sources for file in source.files)
     folder = prefix.with_name(prefix.name + ".parts")
-    if not is_own(folder) and (done := _finished(prefix, settings, inputs)) is not None:
+    if not is_own(folder, _WORK) and (done := _finished(prefix, settings, inputs)) is not None:
         return done
-    require_own(folder)
+    require_own(folder, _WORK)
     with locked(folder):
         if (done := _finished(prefix, settings, inputs)) is None:
-            plan = {"settings": settings, "inputs": [[file.path, file.sha256] for file in inputs]}
+            plan = {"stage": _WORK, "settings": settings, "inputs": [[file.path, file.sha256] for file in inputs]}
             take_up(folder, plan, outputs=result_files(prefix))
             done = _merge(prefix, sources, tokenizer, settings, inputs)
             write_manifest(manifest_file(prefix), done)
             _describe(prefix, sources, done)
-        remove(folder)
+        remove(folder, _WORK)
     return done
 
 

@@ -4,6 +4,7 @@ Comes in: numbered parts. Goes out: one finished folder for each. Ray gives the 
 limited number of times. Does not know: what a part becomes afterwards.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,14 +27,14 @@ def encode_parts_on_ray(work: Mapping[Path, Part], job: EncodeJob, *, address: s
     """
     with ray_cluster(address) as ray:
         encode = ray.remote(num_cpus=1, max_retries=_RETRIES)(_encode)
-        frozen = ray.put(pickle.dumps(job))
+        frozen, directory = ray.put(pickle.dumps(job)), Path.cwd()
         waiting = list(work.items())[::-1]
         running: dict[Any, Part] = {}
         most = _AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
         while waiting or running:
             while waiting and len(running) < most:
                 folder, part = waiting.pop()
-                running[encode.remote(frozen, part, folder)] = part
+                running[encode.remote(frozen, part, folder, directory)] = part
             (ended,), _ = ray.wait(list(running), num_returns=1)
             report(_outcome(ray, ended, running.pop(ended)))
 
@@ -42,6 +43,11 @@ def _outcome(ray: Any, reference: Any, part: Part) -> int:
     """Return the number of documents of a part that is done, or raise what stopped it."""
     try:
         outcome: int | Failure = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise MegatronInstructError(
+            f"{part} cannot be encoded on the Ray cluster: {error.cause}; "
+            "all its machines need this version of Megatron-Instruct and its packages."
+        ) from error
     except ray.exceptions.RayError as error:
         raise MegatronInstructError(
             f"the process that encoded {part} died, and so did those in its place ({type(error).__name__}): the machines may be short of "
@@ -56,8 +62,10 @@ _encoders: dict[bytes, PartEncoder] = {}
 """Of this process, by their job; Ray keeps processes for further parts."""
 
 
-def _encode(job: bytes, part: Part, folder: Path) -> int | Failure:
+def _encode(job: bytes, part: Part, folder: Path, directory: Path) -> int | Failure:
+    """directory: where the run was started, which its paths are relative to; Ray starts processes elsewhere."""
     try:
+        os.chdir(directory)
         if job not in _encoders:
             _encoders.clear()
             _encoders[job] = pickle.loads(job).encoder()

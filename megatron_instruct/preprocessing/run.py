@@ -82,10 +82,10 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
     """Do the stage, or a share of it; return the manifest of each JSON key's data set, none where shares are left to merge."""
     started = time.monotonic()
     job = _resolve(config)
-    if (done := _finished(job)) is not None and not is_own(job.folder):
+    if (done := _finished(job)) is not None and not is_own(job.folder, STAGE):
         forget(_fingerprints(config))
         return done
-    require_own(job.folder)
+    require_own(job.folder, STAGE)
     share = parse_share(config.share)
 
     def prepare(alone: bool) -> _Plan | dict[str, Manifest]:
@@ -105,7 +105,7 @@ def run(config: PreprocessConfig) -> dict[str, Manifest]:
             done = _write(job, plan)
             describe(done, job.prefixes(), append_eod=config.append_eod, seconds=time.monotonic() - started)
         if share is None:
-            remove_folder(job.folder)
+            remove_folder(job.folder, STAGE)
     forget(_fingerprints(config))
     return done
 
@@ -181,6 +181,7 @@ def _plan(job: _Job, share: Share | None, stack: ExitStack, *, alone: bool) -> _
     stack: ends the workers. alone: no other run is at work in the folder.
     """
     plan: dict[str, Any] = {
+        "stage": STAGE,
         "settings": {**job.settings, RENDERING: job.render.fingerprint()},
         "inputs": [[record.path, record.sha256] for record in job.inputs],
         "parts": [part.to_json() for part in job.parts],

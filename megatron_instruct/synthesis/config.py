@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.pages import require_page
 from megatron_instruct.shares import parse_share
 from megatron_instruct.synthesis.filter_settings import FilterSettings
 
@@ -136,6 +137,7 @@ class SynthesizeConfig:
     def __post_init__(self) -> None:
         if not self.input:
             raise ConfigError("input is empty; give at least one file, folder or glob pattern.")
+        require_page("report", self.report)
         for name in (
             "limit",
             "rounds",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.pages import require_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +50,4 @@ class RenderConfig:
             raise ConfigError(f"show={self.show} must be 0 or more.")
         if self.show_html is not None and self.show == 0:
             raise ConfigError(f"show_html={self.show_html} without documents to show; add --show 20.")
+        require_page("show_html", self.show_html)

@@ -66,7 +66,7 @@ def run(config: RenderConfig) -> Manifest:
 
 
 def _remove_work(folder: Path) -> None:
-    remove(folder / PARTS)
+    remove(folder / PARTS, STAGE)
     (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -122,6 +122,7 @@ def _render_parts(
     """
     parts = usual_parts(files)
     plan = {
+        "stage": STAGE,
         "settings": settings,
         "inputs": [[record.path, record.sha256] for record in inputs],
         "parts": [part.to_json() for part in parts],

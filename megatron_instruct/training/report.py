@@ -17,7 +17,7 @@ from megatron_instruct import __version__
 from megatron_instruct.config import run_tool
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.files import atomic_write, distinct_endings
-from megatron_instruct.pages import Chart, Series, line_chart, render_page
+from megatron_instruct.pages import Chart, Series, line_chart, render_page, require_page
 from megatron_instruct.progress import clock
 from megatron_instruct.training.ledger import LEDGER_FILE
 from megatron_instruct.training.metrics import METRICS_FILE, SAMPLES_FILE
@@ -48,6 +48,7 @@ class ReportConfig:
             raise ConfigError("runs is empty; give the --save folder of one or more runs.")
         if self.names and len(self.names) != len(self.runs):
             raise ConfigError(f"names has {len(self.names)} words for {len(self.runs)} runs; give one for each, or none.")
+        require_page("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,3 +200,12 @@ def test_an_empty_input_and_a_name_that_no_manifest_holds_are_refused(tmp_path: 
     Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text("{}\n")
     with pytest.raises(InputError, match=r"caf\\udce9\.jsonl': the name is not UTF-8"):
         find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "*/*.jsonl", "b/*.jsonl", "[b]/a.jsonl"])
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    touch(tmp_path / "a" / "a.jsonl", tmp_path / "b" / "a.jsonl")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b")  # the system manager may read everything
+    with pytest.raises(InputError, match=r"the folder .*b/ may not be read; make it readable, or narrow the pattern"):
+        find_files([str(tmp_path / pattern)])
+    assert names(tmp_path / "a" / "*.jsonl", tmp_path / "a*" / "a.jsonl") == ["a.jsonl"]

@@ -110,3 +110,29 @@ def test_outputs_of_others_are_refused_and_those_of_a_run_are_not(tmp_path: Path
         output.write_text("half")  # killed here
     with held(tmp_path / "out", [output]):
         assert output.read_text() == "half"
+
+
+def test_unfinished_work_of_another_stage_is_neither_taken_up_nor_removed(tmp_path: Path, work: Path) -> None:
+    merging = tmp_path / "all.parts"
+    take_up(merging, {**PLAN, "stage": "merge"}, outputs=())
+    (merging / "000000").mkdir()
+    for folder, whose in ((work, "of another tool"), (merging, "of merge")):
+        before = names(folder)
+        with pytest.raises(InputError, match=rf"parts holds unfinished work {whose}; .* choose another output"):
+            take_up(folder, {**PLAN, "stage": "preprocess"}, outputs=())
+        with pytest.raises(InputError, match="let its command finish it"):
+            require_own(folder, "preprocess")
+        remove(folder, "preprocess")
+        assert (is_own(folder, "preprocess"), names(folder)) == (False, before)
+    remove(merging, "merge")
+    assert not merging.exists()
+
+
+def test_work_may_lie_elsewhere_behind_a_link(tmp_path: Path) -> None:
+    scratch, folder = tmp_path / "scratch", tmp_path / "parts"
+    scratch.mkdir()
+    folder.symlink_to(scratch)
+    take_up(folder, PLAN, outputs=())
+    (folder / "000000").mkdir()
+    remove(folder)
+    assert names(tmp_path) == []

@@ -120,7 +120,7 @@ def test_a_run_killed_after_its_manifest_leaves_nothing_behind(tmp_path: Path, c
     config = PreprocessConfig(input=(str(corpus),), output_prefix=tmp_path / "a", tokenizer_model=tokenizer_folder, workers=1)
     run(config)
     (tmp_path / "a.parts" / "000000").mkdir(parents=True)
-    write_json(tmp_path / "a.parts" / "plan.json", {"settings": {}})
+    write_json(tmp_path / "a.parts" / "plan.json", {"stage": "preprocess", "settings": {}})
     before = outputs_of_files(tmp_path)
     run(config)
     assert not (tmp_path / "a.parts").exists()

@@ -1,20 +1,30 @@
 """The same parts on several machines: shares in one folder, an array of Slurm jobs, a Ray cluster; always the bytes of one machine."""
 
+import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_instruct import fingerprints
-from megatron_instruct.errors import ConfigError
+from megatron_instruct.cluster import ray_cluster
+from megatron_instruct.corpora.parts import plan_parts
+from megatron_instruct.errors import ConfigError, MegatronInstructError
 from megatron_instruct.manifest import record
+from megatron_instruct.preprocessing import on_ray
 from megatron_instruct.preprocessing.config import PreprocessConfig
+from megatron_instruct.preprocessing.documents import render_options
+from megatron_instruct.preprocessing.encode import EncodeJob, EncodeOptions
 from megatron_instruct.preprocessing.run import run
 from megatron_instruct.shares import Share, at_work
+from megatron_instruct.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., subprocess.Popen[str]]
@@ -122,6 +132,87 @@ def test_a_ray_cluster_gives_the_bytes_of_one_machine(tmp_path: Path, settings: 
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert content(tmp_path / "ray") == content(tmp_path / "one")
+
+
+def test_on_ray_paths_are_those_of_the_folder_that_the_run_is_started_in(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts processes in a folder of its own, where other files may bear the same names."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for folder, text in ((there, "the right text"), (elsewhere, "another one, of other length")):
+        folder.mkdir()
+        (folder / "c.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (there / "tokenizer").symlink_to(settings["tokenizer_model"])
+    job = EncodeJob(
+        tokenizer_path=Path("tokenizer"),
+        fingerprint=load_tokenizer(settings["tokenizer_model"]).fingerprint,
+        fast_form=None,
+        options=EncodeOptions(
+            json_keys=("text",),
+            append_eod=False,
+            prepend_bos=False,
+            split_sentences=None,
+            min_document_tokens=None,
+            max_document_tokens=None,
+            long_documents="split",
+            render=render_options(seed=1, language=None, bank=None, extend_bank=None),
+            on_error="stop",
+        ),
+        log_interval=1,
+    )
+    monkeypatch.chdir(there)
+    (part,) = plan_parts([Path("c.jsonl")], part_bytes=1 << 20)
+    monkeypatch.chdir(elsewhere)
+    assert on_ray._encode(pickle.dumps(job), part, Path("parts/000000"), there) == 1
+    assert [path.name for path in elsewhere.iterdir()] == ["c.jsonl"]
+    ids = np.fromfile(there / "parts" / "000000" / "text.bin", dtype=np.uint16).tolist()
+    assert load_tokenizer(settings["tokenizer_model"]).decode(ids) == "the right text"
+
+
+def test_a_machine_of_the_cluster_that_lacks_a_package_is_not_said_to_lack_memory(tmp_path: Path, settings: dict[str, Any]) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra 'cluster'")
+
+    def get(reference: object) -> object:
+        raise ray.exceptions.RayTaskError("_encode", "a traceback", ImportError("No module named 'msgspec'"))
+
+    (part,) = plan_parts([Path(settings["input"][0])], part_bytes=1 << 20)
+    with pytest.raises(
+        MegatronInstructError, match=r"corpus.jsonl cannot be encoded on the Ray cluster: No module named 'msgspec'; all its"
+    ):
+        on_ray._outcome(SimpleNamespace(get=get, exceptions=ray.exceptions), None, part)
+
+
+def test_a_cluster_that_was_once_started_on_this_machine_is_not_joined_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps its address in a file, and waits for it where it was killed."""
+    ray = pytest.importorskip("ray", reason="needs the extra 'cluster'")
+    asked: list[str | None] = []
+    monkeypatch.setattr(ray, "init", lambda *, address, **others: asked.append(address))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for given in (None, "10.0.0.1:6379"):
+        with ray_cluster(given):
+            pass
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    with ray_cluster(None):
+        pass
+    assert asked == ["local", "10.0.0.1:6379", "10.0.0.2:6379"]
+
+
+def test_an_address_that_is_none_is_named() -> None:
+    pytest.importorskip("ray", reason="needs the extra 'cluster'")
+    with (
+        pytest.raises(ConfigError, match=r"ray_address='head': no Ray cluster answers there \(Invalid address format: head\)"),
+        ray_cluster("head"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "synthesize"])
+def test_an_array_with_gaps_is_told_what_to_give(stage: str) -> None:
+    """--array=3,7: no job of it knows that it is the second."""
+    variables = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "7"}
+    command = ["bash", str(ROOT / "examples" / "slurm" / f"{stage}.sbatch")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
+    assert (result.returncode, "--array has gaps; give one range, such as --array=0-1," in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,10 @@ def test_the_seconds_of_all_shards_are_added_up(tmp_path: Path) -> None:
     for number, noted in enumerate(({"10": [1, 5], "11": [1, 7]}, {"11": [2, 3]})):
         (tmp_path / f"{number}.json").write_text(json.dumps(noted))
     assert read_answers(tmp_path.glob("*.json")) == {10: (1, 5), 11: (3, 10)}
+
+
+def test_a_report_takes_the_place_of_no_data(bench: Any, synthesize: Callable[..., tuple[int, str]], corpus: Path) -> None:
+    before = corpus.read_bytes()
+    status, printed = synthesize(corpus, "out", report=corpus)
+    assert (status, f"report={corpus} is written as a page; give it a name that ends in .html" in printed) == (2, True), printed
+    assert (corpus.read_bytes(), (bench.folder / "out").exists()) == (before, False)

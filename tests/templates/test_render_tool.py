@@ -152,7 +152,7 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path: Path, start: Start, cap
     assert contents(out) == contents(tmp_path / "calm")
     assert f"{len(finished)} of " in capsys.readouterr().out and finished, "the last run went on with these"
     write_json(out / "parts" / "000000" / "summary.json", {})
-    write_json(out / "parts" / "plan.json", {"settings": {}})
+    write_json(out / "parts" / "plan.json", {"stage": "render", "settings": {}})
     (out / "lock").touch()
     assert main(["--input", str(examples), "--output-dir", str(out)]) == 0, "killed before it had cleared up"
     assert contents(out) == contents(tmp_path / "calm")
@@ -379,3 +379,11 @@ print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, re
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < peaks[0] + 4096, "KiB; the larger result has more than 10 MB more"
+
+
+def test_a_page_takes_the_place_of_no_data(tmp_path: Path, synthesis: Path) -> None:
+    examples = synthesis / "examples.jsonl"
+    for place in (examples, tmp_path / "out" / "augmented.jsonl"):
+        with pytest.raises(ConfigError, match=r"show_html=.*\.jsonl is written as a page; give it a name that ends in \.html"):
+            run(RenderConfig(input=(str(examples),), output_dir=tmp_path / "out", workers=1, show=1, show_html=place))
+    assert not (tmp_path / "out").exists()

@@ -73,6 +73,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         run(ReportConfig(runs=(tmp_path, tmp_path)))
     with pytest.raises(ConfigError, match="names has 1 words for 2 runs"):
         ReportConfig(runs=(tmp_path, tmp_path / "b"), names=("a",))
+    with pytest.raises(ConfigError, match=r"output=.*metrics.jsonl is written as a page; give it a name that ends in .html"):
+        ReportConfig(runs=(tmp_path,), output=tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.61, 2.62), (0.0, 3e-4), (5.0, 5.0), (0.0, 0.0), (-3.0, 40_000.0), (1e9, 3e9)])

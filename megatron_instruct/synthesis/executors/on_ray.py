@@ -4,8 +4,10 @@ Each actor owns an engine, and as many GPUs as one model is divided over; one mo
 An actor that dies gives its shards back and is replaced, a limited number of times.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_instruct.cluster import ray_cluster
@@ -69,7 +71,7 @@ class _Actors:
             report(self._ray.get(self._dispatch.reported.remote()))
 
     def _start(self, worker: int) -> None:
-        actor = self._actor.remote(self._assignment, self._dispatch, worker)
+        actor = self._actor.remote(self._assignment, self._dispatch, worker, Path.cwd())
         self._running[actor.run.remote()] = worker
 
     def _end(self, reference: Any, worker: int) -> None:
@@ -96,8 +98,9 @@ class _Actors:
 class _Actor:
     """One worker, in a process that Ray starts."""
 
-    def __init__(self, assignment: Assignment, dispatch: Any, worker: int) -> None:
-        self._assignment, self._dispatch, self._worker = assignment, dispatch, worker
+    def __init__(self, assignment: Assignment, dispatch: Any, worker: int, directory: Path) -> None:
+        """directory: where the run was started, which its paths are relative to; Ray starts processes elsewhere."""
+        self._assignment, self._dispatch, self._worker, self._directory = assignment, dispatch, worker, directory
 
     def run(self) -> Failure | None:
         """Return why it gave up, and the exit status of that; None when there was nothing left to do."""
@@ -111,6 +114,7 @@ class _Actor:
             self._dispatch.report.remote(self._worker, what)
 
         try:
+            os.chdir(self._directory)
             Worker(self._assignment, next_shard, report).run()
         except MegatronInstructError as error:
             return Failure(type(error), str(error))
