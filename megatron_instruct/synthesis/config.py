@@ -166,8 +166,6 @@ class SynthesizeConfig:
         for name in ("request_timeout", "server_patience"):
             if getattr(self.server, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self.server, name)} must be above 0 seconds.")
-        if self.report is not None and self.report.suffix not in (".html", ".htm"):
-            raise ConfigError(f"report={self.report} must end in .html: whatever stands there is replaced by the page.")
         parse_share(self.share)
 
     @property

@@ -29,13 +29,23 @@ from megatron_instruct.training.ledger import Ledger
 from megatron_instruct.training.pieces import pieces
 from megatron_instruct.training.rehearsal import happening, rehearsed
 from megatron_instruct.training.settings.faults import FaultOptions
-from megatron_instruct.training.step import REMEDY, StepResult, StepShape, compute_gradients, gradient_is_finite, update
+from megatron_instruct.training.step import (
+    REMEDY,
+    StepResult,
+    StepShape,
+    compute_gradients,
+    gradient_is_finite,
+    share_that_counts,
+    update,
+)
 from megatron_instruct.training.stragglers import OwnTime, gathered, slow_ranks
 from megatron_instruct.training.streams import Replayable
 
 LOSSES_FILE = "recent_losses.json"
 """In --save with loss_spike_factor: for each of the newest checkpoints the losses before it, which the next spike is judged by."""
 _KEPT_CHECKPOINTS = 50
+_MOST_EMPTY_IN_A_ROW = 50
+"""Steps without a token that counts in the loss, which are left out; after so many it is no chance."""
 _DOCUMENTS = 20
 """Most pieces of documents that an event names; tools/trace_data.py names them all."""
 
@@ -88,12 +98,10 @@ class Steps:
 
         request: returns what this process was asked, when the step is computed (training.stopping).
         """
-        if self._ledger.leaves_out(iteration):
+        if self._ledger.leaves_out(iteration) or (shape.leaves_tokens_out and self._counts_for_nothing(iteration, streams[0], shape)):
             for stream in streams:
                 stream.leave_out(shape.num_microbatches)
             return Outcome(result=None, checkpoint=None, exit_code=0)
-        if shape.leaves_tokens_out and self._of.models[0].config.num_moe_experts is not None:
-            scale_expert_losses(self._of.models[0].config, streams[0].peek(shape.num_microbatches))
         before, watch, reasons = self._state(), Faults(self._of.models), list[str]()
         for attempt in (1, 2):
             with contextlib.ExitStack() as looking:
@@ -123,6 +131,23 @@ class Steps:
             self._ledger.add("rerun", iteration, text, reason=reasons[0])
         self._recent.append(loss)
         return Outcome(result=update(self._of.optimizer, loss), checkpoint=None, exit_code=exit_code)
+
+    def _counts_for_nothing(self, iteration: int, stream: Replayable, shape: StepShape) -> bool:
+        """Say whether no token of a step counts in the loss, which is then recorded. Collective."""
+        share, model = share_that_counts(stream.peek(shape.num_microbatches)), self._of.models[0].config
+        if share:
+            if model.num_moe_experts is not None:
+                scale_expert_losses(model, share)
+            return False
+        empty = {event["iteration"] for event in self._ledger.events if event["kind"] == "empty"}
+        if empty.issuperset(range(iteration - _MOST_EMPTY_IN_A_ROW, iteration)):
+            raise TrainingError(
+                f"step {iteration}: no token of its batch counts in the loss, nor in the {_MOST_EMPTY_IN_A_ROW} steps before it; "
+                "give another role a weight in role_weights, or raise global_batch_size."
+            )
+        text = f"step {iteration}: no token of its batch counts in the loss; it is left out."
+        self._ledger.add("empty", iteration, text, documents=self._documents(iteration, None))
+        return True
 
     def remember(self, iteration: int) -> None:
         """Keep what a run that goes on from this checkpoint needs to judge spikes alike. To be called before the checkpoint is saved."""

@@ -3,14 +3,11 @@
 megatron-core collects it in every forward pass.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-from megatron_instruct.training.documents import Batch
 
 
 def mean_expert_losses(*, layers: int, microbatches: int) -> dict[str, float]:
@@ -48,14 +45,9 @@ def restore_expert_losses(kept: dict[str, torch.Tensor]) -> None:
         entry.values.copy_(kept[name]) if name in kept else entry.values.zero_()
 
 
-def scale_expert_losses(config: Any, batches: Sequence[Batch]) -> None:
-    """Let the router's losses weigh what they would if every token of the step's batches counted.
+def scale_expert_losses(config: Any, share_that_counts: torch.Tensor) -> None:
+    """Let the router's losses weigh what they would if every token of the step counted.
 
     megatron-core 0.19.2 multiplies them by all tokens, and in the end divides by those that count.
-    batches: this rank's of the step, in all stages of a pipeline. Every rank calls it.
     """
-    masks = torch.stack([batch["loss_mask"] for batch in batches])
-    counted = torch.stack([(masks > 0).sum(), torch.tensor(masks.numel(), device=masks.device)])
-    torch.distributed.all_reduce(counted, group=parallel_state.get_data_parallel_group())
-    share = counted[:1] / counted[1]
-    config.moe_grad_scale_func = lambda: config.grad_scale_func(share)
+    config.moe_grad_scale_func = lambda: config.grad_scale_func(share_that_counts)

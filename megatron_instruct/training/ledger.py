@@ -42,7 +42,7 @@ class Ledger:
 
     def _note(self, event: dict[str, Any]) -> None:
         self.events.append(event)
-        if event["kind"] == "skip":
+        if event["kind"] in ("skip", "empty"):
             self._left_out.add(event["iteration"])
         elif event["kind"] == "rollback":
             self._left_out.update(range(event["checkpoint"] + 1, event["iteration"] + 1))
@@ -53,7 +53,7 @@ class Ledger:
         return {event["iteration"] for event in self.events if event["kind"] == "skip"}
 
     def leaves_out(self, iteration: int) -> bool:
-        """Say whether a step is left out: its batch was bad, or the run went back to a checkpoint before it."""
+        """Say whether a step is left out: its batch was bad or counts for nothing, or the run went back to a checkpoint before it."""
         return iteration in self._left_out
 
     def count(self, kind: str) -> int:

@@ -68,6 +68,17 @@ class StepResult:
         return self.grad_norm is None
 
 
+def share_that_counts(batches: Sequence[Batch]) -> torch.Tensor:
+    """Return [1]: the share of a step's tokens that count in the loss, over all ranks. Collective.
+
+    batches: this rank's of the step, which it has in every stage of a pipeline.
+    """
+    masks = torch.stack([batch["loss_mask"] for batch in batches])
+    counted = torch.stack([(masks > 0).sum(), torch.tensor(masks.numel(), device=masks.device)])
+    torch.distributed.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+    return counted[:1] / counted[1]
+
+
 def compute_gradients(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, data: Sequence[Iterator[Batch]], shape: StepShape
 ) -> float:
@@ -146,7 +157,7 @@ def _run(chunks: Sequence[Any], data: Sequence[Iterator[Batch]], shape: StepShap
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if not total[0, 1]:
-        raise TrainingError("no token of the batch counts under role_weights; raise global_batch_size, or give another role a weight.")
+        raise TrainingError("no token counts in the loss; raise eval_iters or global_batch_size, or give another role a weight.")
     return total.cpu()
 
 

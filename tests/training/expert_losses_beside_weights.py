@@ -21,7 +21,7 @@ def main() -> None:
     from megatron_instruct.training.optimizer import make_optimizer, wrap_data_parallel
     from megatron_instruct.training.settings.batch import BatchOptions
     from megatron_instruct.training.settings.parallel import ParallelOptions
-    from megatron_instruct.training.step import StepShape, compute_gradients
+    from megatron_instruct.training.step import StepShape, compute_gradients, share_that_counts
     from megatron_instruct.training.streams import Replayable
 
     machine = device.initialize(timeout_minutes=1, threads=1)
@@ -45,7 +45,7 @@ def main() -> None:
             for row, mask in zip(tokens, masks, strict=True)
         ]
         stream = Replayable(iter(batches))
-        scale_expert_losses(models[0].config, stream.peek(2))
+        scale_expert_losses(models[0].config, share_that_counts(stream.peek(2)))
         compute_gradients(chunks, optimizer, [stream], shape)
         return router.main_grad.clone()
 

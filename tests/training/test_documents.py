@@ -12,7 +12,7 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.records import ROLE_CODES
 from megatron_instruct.training.settings.data import DataOptions
 
-from .conftest import ROOT, Runs, preprocess, read_metrics
+from .conftest import ITERATIONS, ROOT, STOP, Runs, preprocess, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -147,6 +147,37 @@ def with_roles(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
 
 def pair_about(entry: dict[str, str]) -> dict[str, str]:
     return {"kind": "free_form", "question": f"What does the Jargon File say of {entry['title']}?", "answer": entry["text"][:100]}
+
+
+def test_a_batch_without_a_token_that_counts_is_left_out_and_a_run_without_any_ends(
+    flags: Callable[..., list[str]], torchrun_session: Any, with_roles: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    examples = [json.loads(line) for line in (with_roles.parent / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    bare = [{**one, "shots": [{**shot, "pairs": []} for shot in one["shots"]]} for one in examples]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bare), encoding="utf-8")
+    small = ("--micro-batch-size", 1, "--global-batch-size", 2, "--role-weights", "response", 1)
+    few = ("--data-path", with_roles, *small, "--eval-iters", 40)
+    without_pairs = preprocess(tmp_path / "bare.jsonl", tmp_path / "bare", tokenizer_folder)
+    none = flags(tmp_path / "none", "--data-path", without_pairs, *small, "--train-iters", 60)
+    del none[none.index("--eval-interval") : none.index("--eval-iters") + 2]  # a validation would end it at once
+    plan = [
+        {"flags": flags(tmp_path / "few", *few), "of": None, "at": 0},
+        {"flags": flags(tmp_path / "again", *few), "of": str(tmp_path / "few"), "at": STOP},
+        {"flags": none, "of": None, "at": 0},
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(plan))
+    result = torchrun_session(1, Path(__file__).with_name("several_runs.py"), tmp_path / "runs.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    *done, ended = json.loads((tmp_path / "runs.json.ends").read_text())
+    assert done == ["done", "done"]
+    assert ended.startswith("6 step 51: no token of its batch counts in the loss, nor in the 50 steps before it"), ended
+    whole, again = (read_metrics(tmp_path / name) for name in ("few", "again"))
+    events = [json.loads(line) for line in (tmp_path / "few" / "faults.jsonl").read_text().splitlines()]
+    left_out = {event["iteration"] for event in events}
+    assert {event["kind"] for event in events} == {"empty"}
+    assert all(event["documents"] for event in events)
+    assert {row[0] for row in whole.training} == set(range(1, ITERATIONS + 1)) - left_out
+    assert again == whole
 
 
 def test_training_weighs_the_roles_that_preprocessing_left(runs: Runs, with_roles: Path) -> None:
