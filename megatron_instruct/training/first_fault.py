@@ -60,7 +60,7 @@ class Faults:
                 for name, shown in model.named_parameters():
                     parameter = getattr(shown, "orig_param", shown)  # Megatron-FSDP shows its shards between steps
                     if parameter.requires_grad:
-                        handle = parameter.register_hook(self._look_at_gradient(number, name))
+                        handle = parameter.register_hook(self._look_at_gradient(number, name, parameter))
                         hooks.callback(handle.remove)
             yield
 
@@ -92,9 +92,9 @@ class Faults:
 
         return hook
 
-    def _look_at_gradient(self, number: int, name: str) -> Any:
+    def _look_at_gradient(self, number: int, name: str, parameter: Any) -> Any:
         def hook(gradient: torch.Tensor) -> None:
-            if self._gradient is None and not _finite(gradient):
+            if self._gradient is None and not _finite(parameter.main_grad if is_added_up(parameter) else gradient):
                 self._gradient = self._fault(_GRADIENT, number, name, "the gradient of", microbatch=0)
 
         return hook
@@ -113,6 +113,11 @@ class Faults:
             data_rank=data,
             text=f"{what} {_layer(self._models[number], name)} on rank {rank} (tensor {tensor}, pipeline {stage}, data {data}){which}",
         )
+
+
+def is_added_up(parameter: Any) -> bool:
+    """Whether what makes its gradient has added it to main_grad already: what a hook of the parameter is given is then no gradient."""
+    return bool(getattr(parameter, "grad_added_to_main_grad", False))
 
 
 def _layer(model: torch.nn.Module, name: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_instruct.errors import ConfigError, did_you_mean
+from megatron_instruct.training.first_fault import is_added_up
 
 VARIABLE = "MEGATRON_INSTRUCT_REHEARSE"
 _WORDS = {
@@ -99,10 +100,19 @@ def _arm(fault: Rehearsed, models: Sequence[torch.nn.Module], hooks: contextlib.
         for name, parameter in model.named_parameters():
             if fault.kind == "nan-gradient" and name == fault.value:
                 whole = getattr(parameter, "orig_param", parameter)  # Megatron-FSDP shows its shards between steps
-                handle = whole.register_hook(lambda gradient: gradient * float("nan"))
-                hooks.callback(handle.remove)
+                hooks.callback(whole.register_hook(_spoiled_gradient(whole)).remove)
             if fault.kind == "nan-weight" and name == fault.value and attempt == 1:
                 parameter.detach().view(-1)[0] = float("nan")
+
+
+def _spoiled_gradient(parameter: Any) -> Any:
+    def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+        if not is_added_up(parameter):
+            return gradient * float("nan")
+        parameter.main_grad.fill_(float("nan"))
+        return None
+
+    return hook
 
 
 def _times(factor: float) -> Any:

@@ -23,6 +23,7 @@ FRESH: dict[str, tuple[str, tuple[object, ...]]] = {
     "undisturbed": ("", ()),
     "passing": (f"{BAD_OUTPUT}6 tries=1", ()),
     "skipped": (f"{BAD_OUTPUT}6", ()),
+    "gradient": ("nan-gradient parameter=decoder.layers.0.mlp.linear_fc1.weight rank=1 step=6", ()),
     "gone back": ("nan-weight parameter=decoder.final_layernorm.weight rank=0 step=7", ()),
     "hopeless": (f"{BAD_OUTPUT}5-99", ("--max-skips-in-a-row", 2)),
     "signalled": ("signal name=SIGUSR1 rank=1 step=6", ()),
@@ -116,6 +117,13 @@ def test_a_bad_batch_is_skipped_and_named_with_rank_layer_and_documents(ended: d
     assert [row["skipped"] for row in run.rows] == [0] * 5 + [1] * 4
     assert [row["loss"] for row in run.rows[:5]] == [row["loss"] for row in ended["undisturbed"].rows[:5]]
     assert [row["loss"] for row in run.rows[5:]] != [row["loss"] for row in ended["undisturbed"].rows[6:]]
+
+
+def test_a_bad_gradient_is_named_also_where_the_product_that_makes_it_adds_it_up(ended: dict[str, Ended]) -> None:
+    (event,) = ended["gradient"].events
+    assert event["kind"] == "skip"
+    assert event["where"] == "the gradient of layer 1: decoder.layers.0.mlp.linear_fc1.weight on rank 1 (tensor 0, pipeline 0, data 1)"
+    assert_same(ended["gradient"], ended["skipped"])
 
 
 @pytest.mark.parametrize("of", ["skipped", "gone back", "spike"])
