@@ -92,6 +92,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     synced(path.parent)
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file with their ends. (str.splitlines cuts at U+2028, too, which JSON leaves in strings.)"""
+    with open(path, encoding="utf-8", newline="\n") as stream:
+        return list(stream)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Hold `folder` for this process; yield the lock's file descriptor, which a child process may inherit to hold it too.

@@ -1,5 +1,6 @@
 """Settings of tools/convert_checkpoint.py."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,5 +47,8 @@ class ConvertConfig:
             raise ConfigError(f"iteration={self.iteration} must be at least 0.")
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
             raise ConfigError(f"max_position_embeddings={self.max_position_embeddings} must be at least 1.")
+        size = re.fullmatch(r"(\d+(\.\d+)?) ?[KMGT]B", self.max_shard_size.strip().upper())
+        if size is None or float(size[1]) == 0:
+            raise ConfigError(f"max_shard_size={self.max_shard_size!r} must be a size above 0 in KB, MB, GB or TB, such as 500MB or 5GB.")
         if self.prove_text is not None and not self.prove:
             raise ConfigError("prove_text is given together with --no-prove; drop one of them.")

@@ -105,7 +105,8 @@ def _serve(connection: "Connection[Any, Any]", other_end: "Connection[Any, Any]"
 
 def _answer(connection: "Connection[Any, Any]") -> None:
     warnings.simplefilter("ignore")
-    sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
+    if "transformers" not in sys.modules:  # of a fork it may be there, and have found them
+        sys.modules |= dict.fromkeys(_NOT_NEEDED)  # type: ignore[arg-type]
     gc.disable()  # which costs a tenth of the time of so many imports
     import transformers
 

@@ -24,9 +24,8 @@ from megatron_instruct.conversion.comparisons import Comparisons
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.page_cache import Behind
-from megatron_instruct.conversion.target import require_memory, require_new, require_room
+from megatron_instruct.conversion.target import new_folder, require_memory, require_new, require_room
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import FileRecord, Manifest, finished, record, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import iteration_folder, read_description, sealed, write_latest
@@ -94,7 +93,7 @@ def boxes_of(name: str, stored: torch_dist.StoredTensor) -> Iterator[torch_dist.
 def _write(config: ConvertConfig, source: Source, digests: Digests, settings: dict[str, Any]) -> Manifest:
     """Write the folder, prove it, and commit it."""
     iteration = int(source.manifest.facts["iteration"])
-    with atomic_folder(config.save) as folder:
+    with new_folder(config.save) as folder:
         path = iteration_folder(folder, iteration)
         path.mkdir()
         shutil.copytree(source.folder / "tokenizer", folder / "tokenizer")

@@ -57,6 +57,8 @@ def weight_files(folder: Path) -> list[Path]:
         for file in files:
             if file.parent != folder or not file.is_file():
                 raise InputError(f"{file}: named by {INDEX}, and there is no such file beside it; copy the model's folder again.")
+        if (folder / SINGLE).is_file() and folder / SINGLE not in files:
+            raise InputError(f"{folder} holds {SINGLE}, which transformers reads, and {INDEX}, which names others; remove one of them.")
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]

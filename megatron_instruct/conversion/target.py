@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.files import LOCK, atomic_folder, locked
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of one parameter."""
@@ -18,6 +19,20 @@ def require_new(target: Path) -> None:
         target.rmdir()
     if target.exists():
         raise InputError(f"{target} holds something else already; give another --save, or remove it.")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that takes the target's name when the block succeeds. Raises ConfigError where another run is making it."""
+    mark = target.with_name(f"{target.name}.{LOCK}")
+    with locked(mark):
+        try:
+            with atomic_folder(target) as folder:
+                yield folder
+        finally:
+            (mark / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what else lies there is not ours
+                mark.rmdir()
 
 
 def require_room(target: Path, size: int) -> None:

@@ -20,8 +20,9 @@ from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.megatron_source import TORCH_NAMES, Source
 from megatron_instruct.conversion.page_cache import Behind
 from megatron_instruct.conversion.safetensors_folder import Writer, stored_tensors
+from megatron_instruct.conversion.target import new_folder
 from megatron_instruct.conversion.weights import Weight, join, rounded, split, weights_of
-from megatron_instruct.files import atomic_folder, read_json, write_json
+from megatron_instruct.files import read_json, write_json
 from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.dtypes import TORCH_DTYPES
 from megatron_instruct.models.huggingface_config import token_ids_of, write_config
@@ -39,7 +40,7 @@ def convert(config: ConvertConfig, source: Source, digests: Digests, text: str) 
     digests: of the source's files, being made. text: what both sides are run on.
     """
     weights = weights_of(source.architecture)
-    with megatron_side.one_process() as machine, atomic_folder(config.save) as folder:
+    with megatron_side.one_process() as machine, new_folder(config.save) as folder:
         plan = megatron_side.plan_checkpoint(source.architecture, machine)
         assert {weight.megatron for weight in weights} == plan.pieces.keys(), "the family's table names every parameter"
         checkpoint = torch_dist.Checkpoint(source.path)

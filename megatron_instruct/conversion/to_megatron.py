@@ -19,8 +19,8 @@ from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.digests import Digests, Written
 from megatron_instruct.conversion.huggingface_source import CONFIG, GENERATION, Source
 from megatron_instruct.conversion.page_cache import Behind
+from megatron_instruct.conversion.target import new_folder
 from megatron_instruct.conversion.weights import Weight, join, split
-from megatron_instruct.files import atomic_folder
 from megatron_instruct.manifest import Manifest, records, write_manifest
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.checkpoint_folder import iteration_folder, write_latest
@@ -36,7 +36,7 @@ def convert(config: ConvertConfig, source: Source, digests: Digests, text: str) 
 
     digests: of the source's files, being made. text: what both sides are run on.
     """
-    with megatron_side.one_process() as machine, atomic_folder(config.save) as folder:
+    with megatron_side.one_process() as machine, new_folder(config.save) as folder:
         partial = iteration_folder(folder, 0)
         partial.mkdir()
         plan = megatron_side.plan_checkpoint(source.architecture, machine)

@@ -83,7 +83,10 @@ def comparison_table(comparisons: Sequence[Comparison], *, name_a: str, name_b: 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Return the two-sided p-value of McNemar's exact test: questions that only a, and that only b, got right."""
     discordant = only_a + only_b
-    tail = sum(math.comb(discordant, wins) for wins in range(min(only_a, only_b) + 1))
+    tail = ways = 1
+    for wins in range(min(only_a, only_b)):  # each coefficient from the one before it: of 40,000 questions, in seconds, not hours
+        ways = ways * (discordant - wins) // (wins + 1)
+        tail += ways
     chance: float = 2 * tail / 2**discordant
     return min(1.0, chance)
 
@@ -141,9 +144,9 @@ def _document_arrays(name: str, pairs: Sequence[tuple[Sample, Sample]]) -> tuple
 def _bootstrap(
     top_a: np.ndarray, top_b: np.ndarray, bottom_a: np.ndarray, bottom_b: np.ndarray, *, exponentiate: bool
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """Return the two-sided p-value and the 95 % interval of ratio b - ratio a; None for fewer than two units."""
+    """Return the two-sided p-value and the 95 % interval of ratio b - ratio a; None for fewer than two units, or where one is no number."""
     count = len(top_a)
-    if count < 2:
+    if count < 2 or not np.isfinite([top_a, top_b]).all():
         return None, None
     random = np.random.default_rng(_SEED)
     differences = np.empty(_DRAWS)

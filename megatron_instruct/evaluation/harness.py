@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import ConfigError, InputError, MissingPackageError, did_you_mean
-from megatron_instruct.evaluation.results import Metric, Results, Sample
+from megatron_instruct.evaluation.results import NOT_FINITE, Metric, Results, Sample
 
 _SEED = 1234
 """Seed of everything that lm-eval draws, such as solved examples."""
@@ -132,8 +132,25 @@ def run_task(name: str, manager: Any, model: Any, *, num_fewshot: int | None, li
                 f"num_fewshot={num_fewshot}, but the task {task} always shows {count} solved examples; leave num_fewshot out."
             )
     metrics = [metric for task, values in found["results"].items() for metric in _metrics(task, values, found)]
+    _require_numbers(found["samples"])
     samples = [sample for task, lines in sorted(found["samples"].items()) for sample in _samples(task, lines)]
     return Results(metrics=tuple(metrics), samples=tuple(samples)), shots
+
+
+def _require_numbers(samples: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise InputError where the model gave a log-likelihood that is no number: lm-eval takes the first choice then, without a word."""
+    for task, lines in sorted(samples.items()):
+        for line in lines:
+            if any(isinstance(value, float) and math.isnan(value) for value in _flat(line["resps"])):
+                raise InputError(f"task {task}, question {line['doc_id']}: the log-likelihood of an answer is NaN; {NOT_FINITE}")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _metrics(task: str, values: dict[str, Any], found: Any) -> list[Metric]:
@@ -165,9 +182,12 @@ def _metric_name(name: str, rule: str) -> str:
 
 def _samples(task: str, lines: Sequence[dict[str, Any]]) -> list[Sample]:
     """Merge the lines of a question: lm-eval writes one for each of a task's filters."""
+    ids = {line["doc_id"]: str(line["doc"].get("id", line["doc_id"])) for line in lines if isinstance(line["doc"], dict)}
+    if len(set(ids.values())) < len(ids):
+        ids = {}  # what the task calls an id is not one question's
     merged: dict[str, Sample] = {}
     for line in sorted(lines, key=lambda line: (line["doc_id"], line["filter"])):
-        id = str(line["doc"].get("id", line["doc_id"]) if isinstance(line["doc"], dict) else line["doc_id"])
+        id = ids.get(line["doc_id"], str(line["doc_id"]))
         values = {
             _metric_name(name, line["filter"]): float(line[name]) for name in line["metrics"] if isinstance(line.get(name), int | float)
         }

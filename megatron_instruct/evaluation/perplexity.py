@@ -12,12 +12,14 @@ Does not know: files, lm-eval.
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_instruct.errors import InputError
 from megatron_instruct.evaluation.config import PERPLEXITY
-from megatron_instruct.evaluation.results import Metric, Results, Sample
+from megatron_instruct.evaluation.results import NOT_FINITE, Metric, Results, Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,8 @@ def document_nll(
 ) -> list[float]:
     """Return the negative log-likelihood of each sequence given its first token.
 
+    Raises InputError where one is not finite.
+
     model: a transformers causal language model in evaluation mode. At most batch_size windows of like length are scored together, the
     longest first; padding stands on the right, where a causal model does not see it.
     """
@@ -70,6 +74,9 @@ def document_nll(
     with torch.inference_mode():
         for batch in _batches(order, [window.end - window.begin for window in windows], batch_size):
             for number, score in zip(batch, _score([windows[number] for number in batch], sequences, model), strict=True):
+                if not math.isfinite(score):
+                    place = windows[number].document + 1
+                    raise InputError(f"document {place} of the held-out ones: its negative log-likelihood is {score}; {NOT_FINITE}")
                 scores[number] = score
             report(len(batch))
     totals = [0.0] * len(sequences)
@@ -116,6 +123,8 @@ def perplexity_results(ids: Sequence[str], texts: Sequence[str], token_counts: S
     byte_counts = [len(text.encode("utf-8")) for text in texts]
     per_token, token_error = _ratio(nll, token_counts)
     per_byte, byte_error = _ratio([value / math.log(2) for value in nll], byte_counts)
+    if per_token > math.log(sys.float_info.max):
+        raise InputError(f"nll_per_token={per_token:.4g} is too large for a perplexity; {NOT_FINITE}")
     perplexity = math.exp(per_token)
     found = [
         ("nll_per_token", per_token, token_error),

@@ -99,36 +99,38 @@ def make_questions(documents: Sequence[Document], *, style: Style, choices: int,
             rejected[document.id] = made
         else:
             candidates.append(made)
-    questions: list[Question] = []
-    for candidate in candidates:
-        question = _question(candidate, candidates, choices=choices, stream=_stream(seed, candidate.id))
+    others = sorted(candidates, key=lambda candidate: candidate.id)
+    drawn = sorted(candidates, key=lambda candidate: _stream(seed, "order:" + candidate.id).random()) if max_questions else candidates
+    asked: dict[str, Question] = {}
+    for candidate in drawn:
+        if len(asked) == max_questions:
+            break
+        question = _question(candidate, others, choices=choices, stream=_stream(seed, candidate.id))
         if question is None:
             rejected[candidate.id] = f"fewer than {choices - 1} other documents with a different choice"
         else:
-            questions.append(question)
-    keep = questions
-    if max_questions is not None:
-        drawn = sorted(questions, key=lambda question: _stream(seed, "order:" + question.id).random())[:max_questions]
-        chosen = {question.id for question in drawn}
-        keep = [question for question in questions if question.id in chosen]
-    return Questions(asked=tuple(keep), rejected=rejected, left_over=len(questions) - len(keep))
+            asked[candidate.id] = question
+    keep = [asked[document.id] for document in documents if document.id in asked]
+    left_over = len(documents) - len(keep) - len(rejected)
+    return Questions(asked=tuple(keep), rejected=rejected, left_over=left_over)
 
 
 def _stream(seed: int, name: str) -> random.Random:
     return random.Random(hashlib.sha256(f"{seed}\0{name}".encode()).digest())
 
 
-def _question(candidate: _Candidate, candidates: Sequence[_Candidate], *, choices: int, stream: random.Random) -> Question | None:
-    """Draw the wrong choices: the documents in an order of this question's own stream, each text once."""
-    order = sorted((other for other in candidates if other.id != candidate.id), key=lambda other: other.id)
+def _question(candidate: _Candidate, by_id: Sequence[_Candidate], *, choices: int, stream: random.Random) -> Question | None:
+    """Draw the wrong choices: the documents in an order of this question's own stream, each text once. by_id: all of them, in order."""
+    order = [other for other in by_id if other.id != candidate.id]
     stream.shuffle(order)
     drawn = [candidate]
-    seen = {candidate.choice.casefold()}
+    seen, query = {candidate.choice.casefold()}, candidate.query.casefold()
     for other in order:
         if len(drawn) == choices:
             break
-        if other.choice.casefold() not in seen and other.choice.casefold() not in candidate.query.casefold():
-            seen.add(other.choice.casefold())
+        choice = other.choice.casefold()
+        if choice not in seen and choice not in query:
+            seen.add(choice)
             drawn.append(other)
     if len(drawn) < choices:
         return None

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.errors import InputError
-from megatron_instruct.files import read_json
+from megatron_instruct.files import read_json, read_lines
 from megatron_instruct.manifest import Manifest, read_manifest
 
 STAGE = "evaluate"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
+NOT_FINITE = "the model's weights are damaged, or too large for this precision: export it again, or give --dtype float32."
+"""Remedy where a model computes no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def read_results(folder: Path) -> Results:
     """Read the results of a finished evaluation."""
     read_manifest(folder / "manifest.json", stage=STAGE)
     try:
-        samples = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
+        samples = [json.loads(line) for line in read_lines(folder / SAMPLES)]
     except ValueError as error:
         raise InputError(f"{folder / SAMPLES} is not valid JSON ({error}); evaluate again.") from error
     return results_from_json(read_json(folder / RESULTS)["metrics"], samples, where=str(folder))

@@ -6,7 +6,7 @@ Comes in: the model folder, task folders, held-out documents. Does not know: how
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_instruct.evaluation.perplexity import document_nll, perplexity_res
 from megatron_instruct.evaluation.questions import Document
 from megatron_instruct.evaluation.results import RESULTS, SAMPLES, STAGE, Results, read_results, results_from_json, table
 from megatron_instruct.files import atomic_write, read_json, write_json
-from megatron_instruct.manifest import FileRecord, Manifest, finished, records, write_manifest
+from megatron_instruct.manifest import FileRecord, Manifest, finished, read_manifest, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megatron_instruct.workspace import remove, take_up
@@ -68,6 +68,8 @@ def run(config: EvaluateConfig) -> Results:
     print(table(results, done))
     if other is not None and config.compare is not None:
         print(comparison_table(compare(other, results), name_a=str(config.compare), name_b=str(config.output_dir)))
+        if differing := _differing(read_manifest(config.compare / "manifest.json", stage=STAGE).settings, settings):
+            print(f"evaluated with other settings, of which the difference may be (a / b): {differing}")
     return results
 
 
@@ -112,8 +114,9 @@ def _plan(config: EvaluateConfig, tokenizer: Tokenizer, model_config: dict[str, 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device={device}, but torch finds no CUDA device here; use device=cpu.")
     longest = model_config.get("max_position_embeddings")
+    longest = longest if isinstance(longest, int) and longest > 1 else None  # transformers judges what else it is
     seq_length = config.seq_length or min(longest or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
-    if isinstance(longest, int) and seq_length > longest:
+    if longest is not None and seq_length > longest:
         raise ConfigError(f"seq_length={seq_length} is above the {longest} positions that {config.model} was made for.")
     stride = config.stride or max(seq_length // 2, 1)
     if stride >= seq_length:
@@ -149,6 +152,12 @@ def _settings(config: EvaluateConfig, plan: _Plan) -> dict[str, Any]:
         "text_key": config.text_key,
         "trust_remote_code": config.trust_remote_code,
     }
+
+
+def _differing(settings_a: Mapping[str, Any], settings_b: Mapping[str, Any]) -> str:
+    """Name the settings that change the values of the same questions, where they differ."""
+    names = ("num_fewshot", "seq_length", "stride", "document_start", "dtype", "backend")
+    return ", ".join(f"{name} {settings_a.get(name)} / {settings_b[name]}" for name in names if settings_a.get(name) != settings_b[name])
 
 
 def _evaluate(
@@ -195,21 +204,7 @@ class _Models:
 
     def hf(self) -> Any:
         if self._hf is None:
-            import torch
-            import transformers
-
-            print(f"Loading {self._config.model} ({self._plan.dtype}, {self._plan.device}).")
-            transformers.utils.logging.disable_progress_bar()
-            try:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    self._config.model,
-                    dtype=getattr(torch, self._plan.dtype),
-                    trust_remote_code=self._config.trust_remote_code,
-                    local_files_only=True,
-                )
-            except (ValueError, OSError, KeyError) as error:
-                raise InputError(f"transformers cannot load {self._config.model}: {error}") from error
-            self._hf = model.to(self._plan.device).eval()
+            self._hf = _load(self._config, self._plan)
         return self._hf
 
     def harness(self) -> Any:
@@ -231,6 +226,31 @@ class _Models:
                 )
                 self._harness = load_hf(self.hf(), tokenizer, batch_size=config.batch_size, seq_length=plan.seq_length)
         return self._harness
+
+
+def _load(config: EvaluateConfig, plan: _Plan) -> Any:
+    """Load the model. Raises InputError where transformers cannot, or where it would make up a weight, of which it only warns."""
+    import safetensors
+    import torch
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    print(f"Loading {config.model} ({plan.dtype}, {plan.device}).")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=getattr(torch, plan.dtype),
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, safetensors.SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"transformers cannot load {config.model}: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise InputError(f"model {config.model} lacks {names}, which transformers would make up at random; export the model again.")
+    return model.to(plan.device).eval()
 
 
 def _part(path: Path, make: Callable[[], tuple[Results, dict[str, int]]]) -> tuple[Results, dict[str, int]]:

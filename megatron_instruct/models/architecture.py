@@ -4,6 +4,7 @@ Source of the names: megatron-core's TransformerConfig. Families differ in which
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,6 +117,11 @@ class Architecture:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("layernorm_epsilon", "init_method_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and finite.")
+        if not 0 < self.rotary_base < math.inf:
+            raise ConfigError(f"rotary_base={self.rotary_base} must be above 0 and finite.")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -4,6 +4,7 @@ Comes in: the parsed config.json, in the form of transformers 5 (rope_parameters
 Does not know: weights, megatron-core, transformers.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,10 @@ FORMS: dict[Family, Form] = {
         defaults={"max_position_embeddings": 2048},
         constants={"attention_bias": False, "mlp_bias": False},
     ),
-    "mistral": Form(model_class="MistralForCausalLM", defaults={"max_position_embeddings": 131072, "sliding_window": 4096}),
+    "mistral": Form(
+        model_class="MistralForCausalLM",
+        defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    ),
     "qwen2": Form(model_class="Qwen2ForCausalLM", defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32}),
     "qwen3": Form(
         model_class="Qwen3ForCausalLM",
@@ -67,6 +71,9 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Settings that change what the model computes, and the values that are the same model here; an absent one has the first value."""
 _QWEN_WINDOW, _QWEN_WINDOW_LAYERS = 4096, 28  # where a Qwen's config.json uses a sliding window and is silent about it
+_OF_SCALING = {"linear": ("factor",), "llama3": tuple(RopeScaling.__dataclass_fields__)}
+"""What a kind of rotary scaling calls for."""
+_GROUPS = "num_key_value_heads"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -76,21 +83,22 @@ def read_architecture(config: Mapping[str, Any], *, source: str, max_position_em
     source: what to call the file in messages. max_position_embeddings: takes the place of the file's, when given.
     """
     model_type = config.get("model_type")
-    if model_type not in FORMS:
+    if not isinstance(model_type, str) or model_type not in FORMS:
         raise InputError(f"{source}: model_type={model_type!r} is not supported; supported: {', '.join(FORMS)}.")
     family: Family = model_type
     form = FORMS[family]
     classes = config.get("architectures") or [form.model_class]
-    if form.model_class not in classes:
+    if not isinstance(classes, list) or form.model_class not in classes:
         raise InputError(f"{source}: architectures={classes} is not supported for model_type={model_type!r}; only {form.model_class} is.")
     for name, allowed in _REQUIRED_VALUES.items():
         if config.get(name, allowed[0]) not in allowed:
             raise InputError(f"{source}: {name}={config[name]!r} is not supported; only {name}={allowed[0]!r} is.")
     values = {**_DEFAULTS, **form.defaults, **{name: value for name, value in config.items() if value is not None}}
     heads, hidden = _integer(values, "num_attention_heads", source), _integer(values, "hidden_size", source)
-    if "head_dim" not in values and hidden % heads:
+    if "head_dim" not in values and hidden % max(heads, 1):
         raise InputError(f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and head_dim is not given.")
     layers = _integer(values, "num_hidden_layers", source)
+    groups = heads if config.get("num_key_value_heads", 0) is None else _integer({"num_key_value_heads": heads, **values}, _GROUPS, source)
     window, first_window_layer = _read_window(config, family, layers, source)
     try:
         return Architecture(
@@ -99,16 +107,16 @@ def read_architecture(config: Mapping[str, Any], *, source: str, max_position_em
             hidden_size=hidden,
             ffn_hidden_size=_integer(values, "intermediate_size", source),
             num_attention_heads=heads,
-            num_query_groups=_integer({"num_key_value_heads": heads, **values}, "num_key_value_heads", source),
-            kv_channels=_integer({"head_dim": hidden // heads, **values}, "head_dim", source),
+            num_query_groups=groups,
+            kv_channels=_integer({"head_dim": hidden // max(heads, 1), **values}, "head_dim", source),
             vocab_size=_integer(values, "vocab_size", source),
             max_position_embeddings=max_position_embeddings or _integer(values, "max_position_embeddings", source),
-            layernorm_epsilon=float(values["rms_norm_eps"]),
-            tie_embeddings=bool(values["tie_word_embeddings"]),
-            init_method_std=float(values["initializer_range"]),
+            layernorm_epsilon=_number(values, "rms_norm_eps", source),
+            tie_embeddings=_flag(values, "tie_word_embeddings", source),
+            init_method_std=_number(values, "initializer_range", source),
             sliding_window=window,
             first_window_layer=first_window_layer,
-            **_read_rope(config, float(values["rope_theta"]), source),
+            **_read_rope(config, values, source),
             **(_read_experts(values, source) if FAMILIES[family].experts else {}),
         )
     except ConfigError as error:
@@ -170,18 +178,23 @@ def _read_experts(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {
         "num_experts": _integer(values, "num_local_experts", source),
         "experts_per_token": _integer(values, "num_experts_per_tok", source),
-        "router_aux_loss_coef": float(values["router_aux_loss_coef"]),
+        "router_aux_loss_coef": _number(values, "router_aux_loss_coef", source),
     }
 
 
 def _read_window(config: Mapping[str, Any], family: Family, layers: int, source: str) -> tuple[int | None, int]:
     """Return the sliding window and the first layer that has it, as transformers takes them from the file."""
     parts, kinds = FAMILIES[family], config.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise InputError(f"{source}: layer_types={kinds!r} must be a list with an entry for each layer.")
     window = config.get("sliding_window", FORMS[family].defaults.get("sliding_window")) if parts.window else None
     first = 0
     if parts.window_from_a_layer_on:
-        window = config.get("sliding_window", _QWEN_WINDOW) if config.get("use_sliding_window", False) else None
-        first = config.get("max_window_layers", _QWEN_WINDOW_LAYERS) if window is not None else layers
+        used = config.get("use_sliding_window") is not None and _flag(config, "use_sliding_window", source)
+        window = config.get("sliding_window", _QWEN_WINDOW) if used else None
+        first = layers
+        if window is not None:
+            first = _integer({"max_window_layers": _QWEN_WINDOW_LAYERS, **config}, "max_window_layers", source)
         if kinds is not None:
             first = next((number for number, kind in enumerate(kinds) if kind != "full_attention"), layers)
     if kinds is not None:
@@ -207,24 +220,30 @@ def _write_window(architecture: Architecture) -> dict[str, Any]:
     return {"sliding_window": window, "use_sliding_window": window is not None, "max_window_layers": first, "layer_types": kinds}
 
 
-def _read_rope(config: Mapping[str, Any], base: float, source: str) -> dict[str, Any]:
+def _read_rope(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the base of rotary frequencies, the factor of a linear scaling, and Llama 3.1's scaling."""
-    rope: dict[str, Any] = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    base = float(rope.get("rope_theta") or base)
+    rope: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        found = config.get(name) or {}
+        if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+            raise InputError(f"{source}: {name}={found!r} is not supported; only one mapping for all layers is.")
+        rope |= found
+    theta = {"rope_theta": values["rope_theta"]} if rope.get("rope_theta") is None else rope
+    base = _number(theta, "rope_theta", source)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if float(rope.get("partial_rotary_factor") or 1) != 1:
-        raise InputError(f"{source}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1 is.")
-    try:
-        if kind == "default":
-            return {"rotary_base": base}
-        if kind == "linear":
-            return {"rotary_base": base, "rotary_linear_factor": float(rope["factor"])}
-        if kind == "llama3":
-            return {"rotary_base": base, "rope_scaling": RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__})}
-    except KeyError as error:
-        raise InputError(f"{source}: the rotary scaling {kind!r} lacks {error}; complete rope_parameters.") from error
-    except ConfigError as error:
-        raise InputError(f"{source}: {error}") from error
+    if rope.get("partial_rotary_factor") not in (1, None):
+        raise InputError(f"{source}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; only 1 is.")
+    lacking = [name for name in _OF_SCALING.get(kind, ()) if rope.get(name) is None] if isinstance(kind, str) else []
+    if lacking:
+        raise InputError(f"{source}: the rotary scaling {kind!r} lacks {lacking[0]!r}; complete rope_parameters.")
+    if kind == "default":
+        return {"rotary_base": base}
+    if kind == "linear":
+        return {"rotary_base": base, "rotary_linear_factor": _number(rope, "factor", source)}
+    if kind == "llama3":
+        factors = {name: _number(rope, name, source) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        length = _integer(rope, "original_max_position_embeddings", source)
+        return {"rotary_base": base, "rope_scaling": RopeScaling(**factors, original_max_position_embeddings=length)}
     raise InputError(f"{source}: rope_type={kind!r} is not supported; supported: default, linear, llama3.")
 
 
@@ -242,4 +261,18 @@ def _integer(values: Mapping[str, Any], name: str, source: str) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{source}: {name}={value!r} must be a whole number; complete the file from the model's own folder.")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, source: str) -> float:
+    value = values.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{source}: {name}={value!r} must be a finite number; complete the file from the model's own folder.")
+    return float(value)
+
+
+def _flag(values: Mapping[str, Any], name: str, source: str) -> bool:
+    value = values.get(name)
+    if not isinstance(value, bool):
+        raise InputError(f"{source}: {name}={value!r} must be true or false; complete the file from the model's own folder.")
     return value

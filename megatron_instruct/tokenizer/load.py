@@ -18,6 +18,7 @@ from megatron_instruct.tokenizer.tiktoken_files import copy_with_definition, rea
 from megatron_instruct.tokenizer.tiktoken_tokenizer import TikTokenizer
 
 _TIKTOKEN, _MEGATRON = "tokenizer.tiktoken", "tiktoken.vocab.json"
+_TEMPLATES = "additional_chat_templates"  # folder in which transformers 5 keeps those with names
 """What copies of a .tiktoken file, and of a vocabulary of Megatron's TikTokenizer, are called."""
 
 TOKENIZER_FILES = (
@@ -118,6 +119,8 @@ def _copy_others(folder: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file() and name not in _IN_FOLDERS and not (target / name).exists():
             shutil.copyfile(folder / name, target / name)
+    if (folder / _TEMPLATES).is_dir() and not (target / _TEMPLATES).exists():
+        shutil.copytree(folder / _TEMPLATES, target / _TEMPLATES, copy_function=shutil.copyfile)
     for name in (GENERATION, "config.json"):  # ids of special tokens, which a model made with this tokenizer needs
         if (folder / name).is_file() and not (target / name).exists():
             shutil.copyfile(folder / name, target / name)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.errors import ConfigError, did_you_mean
+from megatron_instruct.errors import ConfigError, InputError, did_you_mean
 from megatron_instruct.files import read_json
 
 GENERATION = "generation_config.json"
@@ -20,7 +20,7 @@ def special_names(folder: Path) -> dict[str, str]:
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / file).is_file():
             continue
-        content: dict[str, Any] = read_json(folder / file)
+        content = _mapping(folder / file)
         for key in ("eos_token", "bos_token"):
             value = content.get(key)
             value = value.get("content") if isinstance(value, dict) else value
@@ -31,10 +31,17 @@ def special_names(folder: Path) -> dict[str, str]:
 
 def generation_eos(folder: Path) -> int | None:
     """Return the id of the end-of-sequence token that generation_config.json names, the first of several."""
-    content: dict[str, Any] = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    content = _mapping(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     value = content.get("eos_token_id")
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) else None
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no mapping; copy the tokenizer's files again.")
+    return content
 
 
 def eod_id(vocabulary: Mapping[str, int], token: str | None, source: Path) -> int:

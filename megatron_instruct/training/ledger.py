@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_instruct.files import append, atomic_write
+from megatron_instruct.files import append, atomic_write, read_lines
 
 LEDGER_FILE = "faults.jsonl"
 
@@ -70,7 +70,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Read the events; a line that a kill cut short is dropped."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_lines(path)
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         with atomic_write(path) as stream:

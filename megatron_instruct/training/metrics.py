@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_instruct.errors import MissingPackageError
-from megatron_instruct.files import append, atomic_write, synced
+from megatron_instruct.files import append, atomic_write, read_lines, synced
 from megatron_instruct.progress import clock
 from megatron_instruct.training.settings.watching import WatchOptions
 
@@ -223,13 +223,13 @@ def _keep_until(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if record["iteration"] <= iteration and iteration > 0:
-            kept.append(line)
+            kept.append(line.rstrip("\n"))
     with atomic_write(path) as stream:
         stream.writelines(line + "\n" for line in kept)
 

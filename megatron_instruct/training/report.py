@@ -16,7 +16,7 @@ import yaml
 from megatron_instruct import __version__
 from megatron_instruct.config import run_tool
 from megatron_instruct.errors import ConfigError, InputError
-from megatron_instruct.files import atomic_write, distinct_endings
+from megatron_instruct.files import atomic_write, distinct_endings, read_lines
 from megatron_instruct.pages import Chart, Series, line_chart, render_page, require_page
 from megatron_instruct.progress import clock
 from megatron_instruct.training.ledger import LEDGER_FILE
@@ -114,7 +114,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.files import read_lines
 from megatron_instruct.tokenizer import Tokenizer
 
 _MULTIPLE = 64
@@ -38,7 +39,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, new_tokens: int, positions
     """Read prompts, one a line. Raises InputError for a file without any, ConfigError for one that is too long for the model."""
     if not path.is_file():
         raise InputError(f"sample_prompts={path}: no such file; give a text file with one prompt a line.")
-    texts = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    texts = tuple(line.rstrip("\r\n") for line in read_lines(path) if line.strip())
     if not texts:
         raise InputError(f"sample_prompts={path} holds no prompt; write one a line.")
     ids = tuple(tuple(found) for found in tokenizer.encode_batch(list(texts)))

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from megatron_instruct.conversion import weights
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.huggingface_source import Source
 from megatron_instruct.conversion.run import main, run
+from megatron_instruct.conversion.target import new_folder
 from megatron_instruct.errors import ConfigError, InputError, MegatronInstructError
 from tests.conversion.conftest import LLAMA, MISTRAL, MIXTRAL, QWEN2, WriteModel
 
@@ -73,6 +75,30 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     ),
     "rope without a factor": (lambda config, _: config.update(rope_parameters={"rope_type": "linear"}), r"'linear' lacks 'factor'"),
     "no size": (lambda config, _: config.pop("hidden_size"), r"hidden_size=None must be a whole number"),
+    "a list of values": (lambda config, _: config.update(model_type=["llama"]), r"model_type=\['llama'\] is not supported"),
+    "no heads": (lambda config, _: config.update(num_attention_heads=0), r"num_attention_heads=0 must be at least 1"),
+    "an epsilon in words": (lambda config, _: config.update(rms_norm_eps="small"), r"rms_norm_eps='small' must be a finite number"),
+    "an epsilon of nothing": (lambda config, _: config.update(rms_norm_eps=float("nan")), r"rms_norm_eps=nan must be a finite number"),
+    "a negative epsilon": (lambda config, _: config.update(rms_norm_eps=-1e-5), r"layernorm_epsilon=-1e-05 must be at least 0"),
+    "tied in words": (lambda config, _: config.update(tie_word_embeddings="false"), r"tie_word_embeddings='false' must be true or false"),
+    "layers in a number": (lambda config, _: config.update(layer_types=2), r"layer_types=2 must be a list"),
+    "rope in a list": (
+        lambda config, _: config.update(rope_parameters=[1e4]),
+        r"rope_parameters=\[10000.0\] is not supported; only one mapping",
+    ),
+    "rope by kind of layer": (
+        lambda config, _: config.update(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0}}),
+        r"rope_parameters=\{'full_attention': .* is not supported; only one mapping for all layers is",
+    ),
+    "a base of nothing": (lambda config, _: config.update(rope_parameters={"rope_theta": 0}), r"rotary_base=0.0 must be above 0"),
+    "half a head": (
+        lambda config, _: config.update(rope_parameters={"partial_rotary_factor": 0}),
+        r"partial_rotary_factor=0 is not supported",
+    ),
+    "factor in words": (
+        lambda config, _: config.update(rope_parameters={**LLAMA3, "low_freq_factor": "1"}),
+        r"low_freq_factor='1' must be a finite number",
+    ),
     "smaller embedding than tokenizer": (
         lambda config, tensors: (
             config.update(vocab_size=200),
@@ -160,6 +186,15 @@ def index_names_an_absent_tensor(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
+def index_beside_a_single_file(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: "model-00001-of-00001.safetensors"}}))
+
+
+def tokenizer_config_in_a_list(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[]")
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -184,6 +219,8 @@ BAD_FOLDERS: dict[Callable[[Path], None], str] = {
     index_names_an_absent_file: r"model-00002-of-00002.safetensors: named by model.safetensors.index.json, and there is no such file",
     index_leads_outside: r"named by model.safetensors.index.json, and there is no such file beside it",
     index_names_an_absent_tensor: r"says that model.safetensors holds model.more.weight, and it does not",
+    index_beside_a_single_file: r"holds model.safetensors, which transformers reads, and model.safetensors.index.json, which names others",
+    tokenizer_config_in_a_list: r"tokenizer_config.json holds no mapping; copy the tokenizer's files again",
     broken_config: r"config.json is not valid JSON",
     no_weights: r"has neither model.safetensors nor model.safetensors.index.json",
     tokenizer_with_code: r"tokenizer_config.json: auto_map=.*own.Own.* calls for code .* never run; remove auto_map",
@@ -198,6 +235,12 @@ def test_a_damaged_folder_is_refused_by_name(damage: Callable[[Path], None], wri
     with pytest.raises(InputError, match=BAD_FOLDERS[damage]):
         run(ConvertConfig(load=source, save=tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("size", ["5XB", "0", "-5GB", "0GB", ""])
+def test_a_size_of_shards_that_is_none_is_refused_before_anything_is_read(size: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"max_shard_size='{size}' must be a size above 0"):
+        ConvertConfig(load=tmp_path, save=tmp_path / "out", max_shard_size=size)
 
 
 def test_a_direction_that_the_source_does_not_have_is_refused(write_model: WriteModel, tmp_path: Path) -> None:
@@ -219,6 +262,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(write_model: WriteMode
     with pytest.raises(InputError, match="holds something else already; give another --save"):
         run(ConvertConfig(load=write_model(), save=tmp_path / "out", prove=False))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_another_run_is_making_is_left_alone(write_model: WriteModel, tmp_path: Path) -> None:
+    source, out = write_model(), tmp_path / "out"
+    with new_folder(out) as folder:
+        (folder / "half").write_text("a half-made model")
+        with pytest.raises(ConfigError, match=r"another run is writing to .*out\.lock; wait for it"):
+            run(ConvertConfig(load=source, save=out, prove=False))
+        assert (folder / "half").is_file()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_too_little_disk_or_memory_is_said_before_anything_is_written(

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from megatron_instruct.conversion.config import ConvertConfig
 from megatron_instruct.conversion.run import run
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.manifest import Manifest, read_manifest
-from tests.conversion.conftest import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, WriteModel
+from megatron_instruct.models.huggingface_config import read_architecture
+from tests.conversion.conftest import FAMILIES, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, WriteModel
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 OLD = {name: value for name, value in LLAMA.items() if name != "rope_parameters"}
@@ -165,15 +167,27 @@ def test_a_window_of_a_qwen_that_no_layer_has_is_none(write_model: WriteModel, t
     assert (written["use_sliding_window"], written["sliding_window"]) == (False, None)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_key_value_heads_that_are_left_out_are_those_of_transformers(name: str) -> None:
+    config = {**FAMILIES[name], "num_attention_heads": 32, "hidden_size": 256, "head_dim": 8}
+    silent = {key: value for key, value in config.items() if key != "num_key_value_heads"}
+    theirs = transformers.AutoConfig.for_model(**silent).num_key_value_heads
+    assert read_architecture(silent, source="", max_position_embeddings=None).num_query_groups == theirs
+    none = read_architecture({**silent, "num_key_value_heads": None}, source="", max_position_embeddings=None)
+    assert none.num_query_groups == 32, "one for each head, in transformers too where it takes null"
+
+
 def test_special_token_ids_and_generation_settings_survive(write_model: WriteModel, tmp_path: Path) -> None:
     source = write_model({**LLAMA, "eos_token_id": [7, 9], "bos_token_id": 3, "pad_token_id": 5})
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.6, "do_sample": True}))
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     run(ConvertConfig(load=source, save=tmp_path / "megatron", prove=False))
     run(ConvertConfig(load=tmp_path / "megatron", save=tmp_path / "back", prove=False))
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (written["eos_token_id"], written["bos_token_id"], written["pad_token_id"]) == ([7, 9], 3, 5)
-    for name in ("generation_config.json", "chat_template.jinja"):
+    for name in ("generation_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 

@@ -1,5 +1,6 @@
 """Two models compared: chance is called chance, a difference a difference, and different questions are refused."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -19,7 +20,7 @@ def answers(right: list[int], *, higher_is_better: bool | None = True) -> Result
     return Results(metrics=(metric,), samples=samples)
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (9, 3), (5, 5), (40, 70)])
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (9, 3), (5, 5), (40, 70), (20_000, 20_300)])
 def test_mcnemar_is_the_binomial_test_on_the_questions_that_differ(only_a: int, only_b: int) -> None:
     expected = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     assert mcnemar_exact(only_a, only_b) == pytest.approx(expected)
@@ -54,6 +55,16 @@ def test_perplexity_is_compared_document_by_document() -> None:
     assert better["bits_per_byte"].difference == pytest.approx(-0.05 / math.log(2) / 4)
     assert {one.verdict for one in compare(a, c)} == {"no difference beyond chance"}
     assert {one.verdict for one in compare(a, a)} == {"no difference beyond chance"}
+
+
+def test_a_value_that_is_no_number_is_neither_better_nor_worse() -> None:
+    nan = Metric(task="perplexity", name="nll_per_token", value=math.nan, stderr=None, n=2, higher_is_better=False)
+    samples = tuple(Sample(task="perplexity", id=id, content="c", values={"nll": math.nan, "tokens": 5, "bytes": 9}) for id in "ab")
+    sound = perplexity_results(["a", "b"], ["x", "y"], [5, 5], [9.0, 8.0])
+    damaged = Results(metrics=(nan,), samples=samples)
+    sound = Results(metrics=sound.metrics, samples=tuple(dataclasses.replace(sample, content="c") for sample in sound.samples))
+    (found,) = compare(sound, damaged)
+    assert (found.verdict, found.p_value, found.low) == ("not tested", None, None)
 
 
 def test_a_metric_that_is_no_mean_of_its_questions_is_not_tested() -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 from megatron_instruct.errors import ConfigError, InputError
+from megatron_instruct.evaluation.comparison import compare
 from megatron_instruct.evaluation.config import EvaluateConfig, MakeTaskConfig
 from megatron_instruct.evaluation.results import Results, read_results
 from megatron_instruct.evaluation.run import main, run
@@ -179,7 +181,9 @@ def test_compare_prints_the_differences(
     evaluate(other_model, tmp_path / "b", task_folder, heldout, compare=evaluated)
     out = capsys.readouterr().out
     assert f"{tmp_path / 'b'} (b) compared with {evaluated} (a):" in out
-    assert "McNemar exact" in out and "paired bootstrap" in out
+    assert "McNemar exact" in out and "paired bootstrap" in out and "other settings" not in out
+    evaluate(other_model, tmp_path / "c", task_folder, heldout, tasks=(), seq_length=128, compare=evaluated)
+    assert "other settings, of which the difference may be (a / b): seq_length 256 / 128, stride 128 / 64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -188,6 +192,69 @@ def test_a_model_folder_with_something_missing_is_refused(tmp_path: Path, model:
     (tmp_path / "model" / missing).unlink()
     with pytest.raises(InputError, match=f"no {'.safetensors' if missing.endswith('tensors') else missing}"):
         run(EvaluateConfig(model=tmp_path / "model", output_dir=tmp_path / "a", perplexity_data=(str(heldout),)))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], object], str]] = {
+    "a weight is missing": (lambda _, tensors: tensors.pop(UP), rf"lacks {UP}, which transformers would make up at random"),
+    "a weight of another shape": (lambda config, _: config.update(intermediate_size=63), "transformers cannot load .*mismatch"),
+    "a weight is no number": (lambda _, tensors: tensors[UP][3].fill_(torch.nan), r"negative log-likelihood is nan.*--dtype float32"),
+    "weights beyond all proportion": (lambda _, tensors: tensors["lm_head.weight"].mul_(1e4), r"is too large for a perplexity"),
+    "a size that is no number": (lambda config, _: config.update(vocab_size="512"), "transformers cannot load .*vocab_size"),
+    "a length that is no number": (lambda config, _: config.update(max_position_embeddings="256"), "cannot load .*max_position"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_model_that_would_be_scored_as_another_is_refused(name: str, tmp_path: Path, model: Path, heldout: Path) -> None:
+    change, message = DAMAGED[name]
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        evaluate(damaged(model, tmp_path / "model", change), tmp_path / "a", tmp_path, heldout, tasks=(), include_path=())
+    assert not (tmp_path / "a").exists()
+
+
+def damaged(model: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]) -> Path:
+    shutil.copytree(model, folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), safetensors.torch.load_file(folder / "model.safetensors")
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_file_of_weights_that_is_cut_short_is_refused(tmp_path: Path, model: Path, heldout: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    with open(tmp_path / "model" / "model.safetensors", "r+b") as stream:
+        stream.truncate(10_000)
+    with pytest.raises(InputError, match=r"transformers cannot load .*model: "):
+        run(EvaluateConfig(model=tmp_path / "model", output_dir=tmp_path / "a", perplexity_data=(str(heldout),), device="cpu"))
+
+
+def test_questions_that_a_model_answers_with_no_number_are_refused(tmp_path: Path, model: Path, task_folder: Path, heldout: Path) -> None:
+    broken = damaged(model, tmp_path / "model", lambda _, tensors: tensors[UP][3].fill_(torch.nan))
+    with pytest.raises(InputError, match=r"task held, question 0: the log-likelihood of an answer is NaN"):
+        evaluate(broken, tmp_path / "a", task_folder, heldout, perplexity_data=())
+
+
+def test_results_are_read_again_whatever_separators_their_texts_hold(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "heldout.jsonl"
+    path.write_text(json.dumps({"id": "one\u2028two\x85three", "text": "A keeper trims the wick."}, ensure_ascii=False), encoding="utf-8")
+    found = evaluate(model, tmp_path / "a", tmp_path, path, tasks=(), include_path=())
+    assert [sample.id for sample in read_results(tmp_path / "a").samples] == [found.samples[0].id] == ["one\u2028two\x85three"]
+
+
+def test_questions_that_share_an_id_are_all_kept_and_compared(tmp_path: Path, task_folder: Path, model: Path, other_model: Path) -> None:
+    shutil.copytree(task_folder, tmp_path / "task")
+    rows = [json.loads(line) for line in (task_folder / "held.jsonl").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "task" / "held.jsonl").write_text("".join(json.dumps({**row, "id": "page 1"}) + "\n" for row in rows), encoding="utf-8")
+    file = tmp_path / "task" / "held.yaml"
+    file.write_text(file.read_text().replace(str(task_folder), str(tmp_path / "task")).replace("task: held", "task: shared"))
+    found = [
+        evaluate(one, tmp_path / name, tmp_path / "task", tmp_path, tasks=("shared",), perplexity_data=())
+        for one, name in ((model, "a"), (other_model, "b"))
+    ]
+    assert len(found[0].samples) == len({sample.id for sample in found[0].samples}) == len(rows)
+    assert {one.test for one in compare(*found) if one.name == "acc"} == {"McNemar exact"}
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(

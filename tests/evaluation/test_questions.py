@@ -1,5 +1,6 @@
 """Questions made of documents: right, fair, and independent of one another."""
 
+import cProfile
 import json
 from collections import Counter
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_a_question_depends_neither_on_the_order_nor_on_how_many_are_asked(docum
     assert sorted(calm.asked, key=lambda question: question.id) == sorted(turned.asked, key=lambda question: question.id)
     assert len(few.asked) == 10 and set(few.asked) <= set(calm.asked) and few.left_over == len(calm.asked) - 10
     assert make_questions(documents, style="continuation", choices=4, seed=2).asked != calm.asked
+
+
+def test_only_the_questions_that_are_asked_are_made(documents: list[Document]) -> None:
+    with cProfile.Profile() as profile:
+        few = make_questions(documents, style="continuation", choices=4, seed=1, max_questions=10)
+    made = {entry.code.co_name: entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)}
+    assert made["_question"] == len(few.asked) == 10 and few.left_over + len(few.rejected) + 10 == len(documents)
 
 
 def test_a_language_without_blanks_works() -> None:

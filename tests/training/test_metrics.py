@@ -82,6 +82,16 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [row["iteration"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
+def test_what_the_model_wrote_outlives_a_resume_whatever_separators_it_holds(tmp_path: Path) -> None:
+    with metrics(tmp_path) as log:
+        log.samples(2, ["a prompt"], ["one\u2028two\x85three"])
+        log.samples(4, ["a prompt"], ["four"])
+    with metrics(tmp_path, start=4):
+        pass
+    with open(tmp_path / "samples.jsonl", encoding="utf-8") as stream:
+        assert [json.loads(line)["text"] for line in stream] == ["one\u2028two\x85three", "four"]
+
+
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with metrics(tmp_path, writes=False) as log:
         log.training(1, loss=1.0, lr=0.1, grad_norm=1.0)
