@@ -51,7 +51,9 @@ def _config(recipe: Any, fp8_format: Any, **more: Any) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     options = Fp8Options(fp8_format=fp8_format, fp8_recipe=recipe, **more)
-    return TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, **fp8_fields(options))
+    return TransformerConfig(  # initialised on the CPU, as otherwise the recipe asks for a GPU
+        num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, use_cpu_initialization=True, **fp8_fields(options)
+    )
 
 
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
