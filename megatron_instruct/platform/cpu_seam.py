@@ -200,6 +200,11 @@ def _always(value: Any) -> Callable[[Any], Any]:
     return lambda _original: value
 
 
+def _of_megatron_core(name: str) -> Callable[[Any], Any]:
+    """What megatron-core itself takes where neither Transformer Engine nor apex is installed."""
+    return lambda _original: getattr(importlib.import_module("megatron.core.utils"), name)
+
+
 def _constant(value: Any) -> Callable[[Any], Any]:
     return _always(lambda *_values, **_options: value)
 
@@ -279,6 +284,24 @@ REPLACEMENTS = (
         symbol="megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
         why="gradients are clipped by a copy of each and a copy back",
         make=_always(_scaled),
+    ),
+    Replacement(
+        symbol="megatron.core.optimizer.clip_grads:l2_norm_impl",
+        why="where Transformer Engine or apex is installed, their kernels are taken, for tensors on a GPU alone",
+        make=_of_megatron_core("local_multi_tensor_l2_norm"),
+    ),
+    Replacement(
+        symbol="megatron.core.optimizer.clip_grads:multi_tensor_scale_tensor_impl",
+        why="as the one before",
+        make=_always(None),
+    ),
+    *(
+        Replacement(symbol=f"megatron.core.optimizer.{place}", why="as the ones before", make=make)
+        for place, make in (
+            ("clip_grads:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
+            ("optimizer:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
+            ("optimizer:multi_tensor_scale_impl", _of_megatron_core("local_multi_tensor_scale")),
+        )
     ),
     Replacement(
         symbol="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",

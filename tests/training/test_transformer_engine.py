@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from megatron_instruct.models.presets import make_architecture
 from megatron_instruct.platform.fp8_numbers import E4M3, E5M2, LARGEST, update_scales
 from megatron_instruct.training.fp8 import fp8_fields
 from megatron_instruct.training.settings.precision import Fp8Options
+
+from .conftest import SHARDED, Runs, read_metrics
 
 
 def _why_not() -> str | None:
@@ -104,3 +107,14 @@ def test_a_gpu_gets_transformer_engines_layers(family: Any) -> None:
     assert attention.linear_proj is TERowParallelLinear
     assert attention.core_attention is TEDotProductAttention
     assert issubclass(TELayerNormColumnParallelLinear, te.LayerNormLinear)
+
+
+def test_a_cpu_trains_as_it_does_without_transformer_engine(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    short = ("--train-iters", 3)
+    layouts = {"plain": short, "sharded": (*short, *SHARDED), "bf16": (*short, "--bf16"), "fp16": (*short, "--fp16")}
+    folders = runs(1, layouts, {})
+    found = {name: read_metrics(folder).training for name, folder in folders.items()}
+    assert np.allclose(found["plain"], found["sharded"], rtol=1e-5)
+    assert found["bf16"][0][1] == pytest.approx(found["plain"][0][1], abs=0.05)
+    assert all(len(rows) == 3 for rows in found.values())
