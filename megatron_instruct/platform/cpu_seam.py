@@ -290,17 +290,14 @@ REPLACEMENTS = (
         why="where Transformer Engine or apex is installed, their kernels are taken, for tensors on a GPU alone",
         make=_of_megatron_core("local_multi_tensor_l2_norm"),
     ),
-    Replacement(
-        symbol="megatron.core.optimizer.clip_grads:multi_tensor_scale_tensor_impl",
-        why="as the one before",
-        make=_always(None),
-    ),
     *(
-        Replacement(symbol=f"megatron.core.optimizer.{place}", why="as the ones before", make=make)
+        Replacement(symbol=f"megatron.core.{place}", why="as the one before", make=make)
         for place, make in (
-            ("clip_grads:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
-            ("optimizer:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
-            ("optimizer:multi_tensor_scale_impl", _of_megatron_core("local_multi_tensor_scale")),
+            ("transformer.moe.moe_utils:te_general_gemm", _always(None)),
+            ("optimizer.clip_grads:multi_tensor_scale_tensor_impl", _always(None)),
+            ("optimizer.clip_grads:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
+            ("optimizer.optimizer:multi_tensor_applier", _of_megatron_core("local_multi_tensor_applier")),
+            ("optimizer.optimizer:multi_tensor_scale_impl", _of_megatron_core("local_multi_tensor_scale")),
         )
     ),
     Replacement(

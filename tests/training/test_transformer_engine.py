@@ -12,7 +12,7 @@ from megatron_instruct.platform.fp8_numbers import E4M3, E5M2, LARGEST, update_s
 from megatron_instruct.training.fp8 import fp8_fields
 from megatron_instruct.training.settings.precision import Fp8Options
 
-from .conftest import SHARDED, Runs, read_metrics
+from .conftest import FULLY_SHARDED, SHARDED, Runs, read_metrics
 
 
 def _why_not() -> str | None:
@@ -112,9 +112,11 @@ def test_a_gpu_gets_transformer_engines_layers(family: Any) -> None:
 def test_a_cpu_trains_as_it_does_without_transformer_engine(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     short = ("--train-iters", 3)
-    layouts = {"plain": short, "sharded": (*short, *SHARDED), "bf16": (*short, "--bf16"), "fp16": (*short, "--fp16")}
+    layouts = {"plain": short, "sharded": (*short, *SHARDED), "fully sharded": (*short, *FULLY_SHARDED)}
+    layouts |= {"bf16": (*short, "--bf16"), "fp16": (*short, "--fp16"), "experts": (*short, "--preset", "tiny-experts")}
     folders = runs(1, layouts, {})
     found = {name: read_metrics(folder).training for name, folder in folders.items()}
     assert np.allclose(found["plain"], found["sharded"], rtol=1e-5)
+    assert np.allclose(found["plain"], found["fully sharded"], rtol=1e-5)
     assert found["bf16"][0][1] == pytest.approx(found["plain"][0][1], abs=0.05)
     assert all(len(rows) == 3 for rows in found.values())
