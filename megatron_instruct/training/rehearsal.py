@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from megatron_instruct.errors import ConfigError, did_you_mean
-from megatron_instruct.training.first_fault import is_added_up
 
 VARIABLE = "MEGATRON_INSTRUCT_REHEARSE"
 _WORDS = {
@@ -106,6 +105,8 @@ def _arm(fault: Rehearsed, models: Sequence[torch.nn.Module], hooks: contextlib.
 
 
 def _spoiled_gradient(parameter: Any) -> Any:
+    from megatron_instruct.training.first_fault import is_added_up  # here, since it loads megatron-core
+
     def hook(gradient: torch.Tensor) -> torch.Tensor | None:
         if not is_added_up(parameter):
             return gradient * float("nan")
