@@ -173,8 +173,8 @@ def measure(case: Case, options: argparse.Namespace, gpu: Gpu, folder: Path) -> 
         "preset": case.preset,
         "precision": case.precision,
         "tokens_per_second_per_gpu": round(rate, 1),
-        "mfu": round(flops / gpu.peak_flops[case.precision], 4),
-        "mfu_of_bf16_peak": round(flops / gpu.peak_flops["bf16"], 4),
+        "mfu": float(f"{flops / gpu.peak_flops[case.precision]:.4g}"),
+        "mfu_of_bf16_peak": float(f"{flops / gpu.peak_flops['bf16']:.4g}"),
         "layout": f"TP{layout.tensor} CP{layout.context} PP{layout.pipeline} DP{layout.data}, "
         f"micro batch {case.execution.micro_batch_size}, recompute {case.execution.recompute}",
     }
