@@ -18,8 +18,9 @@ from megatron_instruct.tokenizer.tiktoken_files import copy_with_definition, rea
 from megatron_instruct.tokenizer.tiktoken_tokenizer import TikTokenizer
 
 _TIKTOKEN, _MEGATRON = "tokenizer.tiktoken", "tiktoken.vocab.json"
-_TEMPLATES = "additional_chat_templates"  # folder in which transformers 5 keeps those with names
 """What copies of a .tiktoken file, and of a vocabulary of Megatron's TikTokenizer, are called."""
+_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers 5 keeps chat templates with names."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -99,7 +99,7 @@ def _own_blend(
     kind: type[RoleWeightedDataset] | None,
 ) -> Any:
     """Return `size` samples of a blend. used: samples of each data set that earlier phases took. kind: None for validation."""
-    split = sources.split if config.data.data_path else None
+    split = sources.split if config.data.is_divided else None
     starts = [used.get(prefix, 0) for prefix in of[0]]
     name = _name(config, of, split, fingerprint, starts, size, None if kind is None else kind.__name__)
     return cache.load(
@@ -143,7 +143,7 @@ def _as_megatron(config: PretrainConfig, sources: DataSources, folder: Path, siz
 def _settings(config: PretrainConfig, sources: DataSources, folder: Path) -> RoleWeightedConfig:
     by_split = (
         {"blend": sources.train, "split": sources.split}
-        if config.data.data_path
+        if config.data.is_divided
         else {"blend_per_split": [sources.train, sources.valid, None]}
     )
     return RoleWeightedConfig(

@@ -106,8 +106,7 @@ def check_blends(config: PretrainConfig) -> None:
         _training_blend(data)
     for phase in config.phases:
         parse_blend(phase.data_path, field=_field(phase))
-    if data.valid_data_path:
-        parse_blend(data.valid_data_path, field="valid_data_path")
+    _validation_blend(data)
     shares_of(data.split)
 
 
@@ -118,7 +117,7 @@ def find_sources(
     check = check or ContentCheck(Path(NAME), reads=False)
     fields = {phase.number: parse_blend(phase.data_path, field=_field(phase)) for phase in phases}
     train = fields[1] if phases else _training_blend(options)
-    valid = parse_blend(options.valid_data_path, field="valid_data_path") if options.valid_data_path else None
+    valid = _validation_blend(options)
     shares_of(options.split)
     blends = [train, *([valid] if valid is not None else []), *fields.values()]
     manifests = {prefix: _data_manifest(Path(prefix), adopt=options.adopt_data) for blend in blends for prefix in blend[0]}
@@ -157,7 +156,13 @@ def _field(phase: PlacedPhase) -> str:
 
 
 def _training_blend(options: DataOptions) -> Blend:
-    return parse_blend(options.data_path or options.train_data_path, field="data_path" if options.data_path else "train_data_path")
+    given = options.training_blend
+    return parse_blend(given.words, field=given.field)
+
+
+def _validation_blend(options: DataOptions) -> Blend | None:
+    given = options.validation_blend
+    return parse_blend(given.words, field=given.field) if given.words else None
 
 
 def parse_blend(words: Sequence[str], *, field: str) -> Blend:
@@ -181,7 +186,7 @@ def parse_blend(words: Sequence[str], *, field: str) -> Blend:
 def _check_sizes(config: PretrainConfig, sources: DataSources, *, validates: bool) -> None:
     """Raise where a data set has nothing to give, or where data that are taken once end before the run."""
     length, size = config.batch.seq_length, config.batch.global_batch_size
-    split = sources.split if config.data.data_path else None
+    split = sources.split if config.data.is_divided else None
     wanted: list[tuple[Blend, int, int | None, str]] = [(source.blend, 0, None, "") for source in sources.phases]
     wanted = wanted or [(sources.train, 0, config.batch.train_iters * size, "train_iters")]
     if validates and (split is not None or sources.valid is not None):

@@ -149,7 +149,7 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         "data": sources.fingerprint,
         "phases": [source.to_json() for source in sources.phases] or None,
         "strict_epochs": config.data.whole_epochs or None,
-        "split": config.data.split if config.data.data_path else None,
+        "split": config.data.split if config.data.is_divided else None,
         "eod_mask_loss": config.data.eod_mask_loss,
         "reset_attention_mask": config.data.reset_attention_mask,
         "role_weights": dict(config.data.role_weights),

@@ -1,5 +1,6 @@
 """Blends, splits, the order of samples, and data that are not what they were."""
 
+import json
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from megatron_instruct.config import parse
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.training.config import PretrainConfig
+from megatron_instruct.training.settings.data import DataOptions
 
 from .conftest import PRETRAIN, ROOT, preprocess, read_metrics
 
@@ -70,6 +72,50 @@ def test_a_broken_blend_is_an_error_that_names_the_word(words: list[str], messag
 
     with pytest.raises(ConfigError, match=message):
         parse_blend(words, field="data_path")
+
+
+def test_blends_in_files_are_those_of_the_command_line(data: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    from megatron_instruct.tokenizer import load_tokenizer
+    from megatron_instruct.training.sources import find_sources
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    blend, plain, shares = ("0.3", str(data), "7", str(data)), tmp_path / "blend.txt", tmp_path / "shares.json"
+    plain.write_text(f"0.3 {data}\n7\t{data}\n")
+    shares.write_text(json.dumps({"train": [0.3, str(data), 7, str(data)], "valid": str(data), "test": None}))
+    of_shares = DataOptions(train_data_path=blend, valid_data_path=(str(data),))
+    for in_file, given in (
+        (DataOptions(data_args_path=plain), DataOptions(data_path=blend)),
+        (DataOptions(per_split_data_args_path=shares), of_shares),
+    ):
+        found, wanted = find_sources(in_file, tokenizer), find_sources(given, tokenizer)
+        assert (found.train, found.valid, found.fingerprint) == (wanted.train, wanted.valid, wanted.fingerprint)
+    assert DataOptions(data_args_path=plain).is_divided and not DataOptions(per_split_data_args_path=shares).is_divided
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "message"),
+    [
+        ("data_args_path", None, r"data_args_path=.*args cannot be read"),
+        ("data_args_path", " \n", r"data_args_path=.*args is empty"),
+        ("data_args_path", "x0.3 a x0.7 b", r"data_args_path=.*: 'x0.3' is neither a number nor a data set"),
+        ("per_split_data_args_path", "{", r"args is not valid JSON"),
+        ("per_split_data_args_path", "[]", r"args must be a mapping with the keys train, valid, test"),
+        ("per_split_data_args_path", '{"train": "a", "dev": "b"}', r"args must be a mapping with the keys train, valid, test"),
+        ("per_split_data_args_path", '{"valid": "b"}', r"args, 'train' has no data to train on"),
+        ("per_split_data_args_path", '{"train": {"a": 1}}', r"args, 'train': \{'a': 1\} is neither a text nor a list"),
+        ("per_split_data_args_path", '{"train": ["0.3", "a", "b"]}', r"args, 'train' has 3 words"),
+    ],
+)
+def test_a_file_that_holds_no_blend_is_named(
+    setting: str, content: str | None, message: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    from megatron_instruct.tokenizer import load_tokenizer
+    from megatron_instruct.training.sources import find_sources
+
+    if content is not None:
+        (tmp_path / "args").write_text(content)
+    with pytest.raises((ConfigError, InputError), match=message):
+        find_sources(DataOptions(**{setting: tmp_path / "args"}), load_tokenizer(tokenizer_folder))
 
 
 @pytest.mark.parametrize("split", ["1", "1,2", "a,b,c", "0,0,0", "-1,2,3", "1,2,3,4"])

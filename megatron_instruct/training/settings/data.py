@@ -1,12 +1,23 @@
 """Settings of the data."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_instruct.config import YamlText
-from megatron_instruct.errors import ConfigError, did_you_mean
+from megatron_instruct.errors import ConfigError, InputError, did_you_mean
+from megatron_instruct.files import read_json
 from megatron_instruct.records import ROLE_CODES
 from megatron_instruct.training.phases import parse_phases
+
+
+class GivenBlend(NamedTuple):
+    """A blend as it was given."""
+
+    field: str
+    """The setting that gave it, for messages."""
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +35,11 @@ class DataOptions:
     last one needs no until; lr, min_lr and lr_decay_style (linear, cosine) give a phase a learning rate of its own."""
     valid_data_path: tuple[str, ...] = ()
     """As data_path, for validation only."""
+    data_args_path: Path | None = None
+    """File with the words of data_path, separated by blanks or line ends, where they are too many for a command line."""
+    per_split_data_args_path: Path | None = None
+    """JSON file with the words of train_data_path ("train") and valid_data_path ("valid"), each in a list or in one text. Its "test" is not
+    used: tools/evaluate.py measures what was trained."""
     strict_epochs: bool = False
     """Take every document exactly once in each epoch of its data set, in an order that a longer run begins with, too; phases always do."""
     data_cache_path: Path | None = None
@@ -49,11 +65,37 @@ class DataOptions:
         """Whether epochs are strict. A phase goes on where another stopped, which an order that depends on a data set's samples forbids."""
         return self.strict_epochs or bool(self.phases)
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether split divides the data."""
+        return bool(self.data_path) or self.data_args_path is not None
+
+    @cached_property
+    def training_blend(self) -> GivenBlend:
+        """What is trained on where there are no phases. Raises InputError for a file that holds no blend."""
+        if self.data_args_path is not None:
+            return _read_blend(self.data_args_path, "data_args_path")
+        if self.per_split_data_args_path is not None:
+            return _read_share(self.per_split_data_args_path, "train")
+        return GivenBlend("data_path", self.data_path) if self.data_path else GivenBlend("train_data_path", self.train_data_path)
+
+    @cached_property
+    def validation_blend(self) -> GivenBlend:
+        """What is validated on, without words where split or nothing says so. Raises as training_blend does."""
+        if self.per_split_data_args_path is not None:
+            return _read_share(self.per_split_data_args_path, "valid")
+        return GivenBlend("valid_data_path", self.valid_data_path)
+
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.data_path, self.train_data_path, self.phases))) != 1:
-            raise ConfigError("give either data_path, or train_data_path or phases (with valid_data_path).")
-        if self.data_path and self.valid_data_path:
-            raise ConfigError("valid_data_path goes with train_data_path or phases; data_path is divided by split.")
+        given = (self.data_path, self.train_data_path, self.phases, self.data_args_path, self.per_split_data_args_path)
+        if sum(map(bool, given)) != 1:
+            raise ConfigError(
+                "give one of data_path, train_data_path or phases (with valid_data_path), data_args_path and per_split_data_args_path."
+            )
+        if self.is_divided and self.valid_data_path:
+            raise ConfigError("valid_data_path goes with train_data_path or phases; other data are divided by split.")
+        if self.per_split_data_args_path is not None and self.valid_data_path:
+            raise ConfigError("valid_data_path and per_split_data_args_path both give data for validation; drop one of them.")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers={self.num_workers} must not be negative; 0 reads in the process that trains.")
         if self.reset_position_ids and not self.reset_attention_mask:
@@ -70,3 +112,27 @@ class DataOptions:
                 raise ConfigError(f"role_weights: {role}={weight} must be 0 or a positive number.")
         if self.role_weights and not any(self.role_weights.values()):
             raise ConfigError("role_weights: every weight is 0, so that nothing is learnt; give one role a weight above 0.")
+
+
+def _read_blend(path: Path, setting: str) -> GivenBlend:
+    try:
+        words = tuple(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{setting}={path} cannot be read: {error}") from error
+    if not words:
+        raise InputError(f"{setting}={path} is empty; write what data_path takes into it, such as 0.3 PREFIX 0.7 PREFIX.")
+    return GivenBlend(f"{setting}={path}", words)
+
+
+def _read_share(path: Path, share: str) -> GivenBlend:
+    content, field = read_json(path), f"per_split_data_args_path={path}, {share!r}"
+    shares = ("train", "valid", "test")
+    if not isinstance(content, dict) or not content.keys() <= set(shares):
+        raise InputError(f"per_split_data_args_path={path} must be a mapping with the keys {', '.join(shares)}.")
+    words = content.get(share) or []
+    words = words.split() if isinstance(words, str) else words
+    if not isinstance(words, list) or any(not isinstance(word, str | int | float) for word in words):
+        raise InputError(f"{field}: {words!r} is neither a text nor a list of weights and prefixes.")
+    if share == "train" and not words:
+        raise InputError(f"{field} has no data to train on; write what train_data_path takes.")
+    return GivenBlend(field, tuple(map(str, words)))
