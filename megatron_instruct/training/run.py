@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_instruct.config import as_yaml, flat, run_tool
-from megatron_instruct.errors import LostProcessError
+from megatron_instruct.errors import LostProcessError, TrainingError
 from megatron_instruct.files import atomic_folder, atomic_write
 from megatron_instruct.manifest import Manifest, finished, write_manifest
 from megatron_instruct.training.config import PretrainConfig
@@ -123,11 +124,15 @@ def keep_order_of_kernels(options: ParallelOptions, environment: MutableMapping[
 
 @contextlib.contextmanager
 def _lost_processes() -> Iterator[None]:
-    """Turn the error that a process meets when another one is gone into one message, which the lowest rank that is left tells."""
+    """Turn the error that a process meets when another one, or its GPU, is gone into one message, which the lowest rank that is left tells.
+
+    A GPU without memory is no loss: the same command would meet it again.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo's has no class of its own
-        first_line = str(error).splitlines()[0].split(". This is typically")[0]  # gloo goes on with advice of its own
+        _check_gpu(error)
+        first_line = str(error).partition("\n")[0].split(". This is typically")[0]  # gloo goes on with advice of its own
         if "gloo" not in first_line and type(error).__name__ != "DistBackendError":
             raise
         missing, speaks = _roll_call()
@@ -140,6 +145,24 @@ def _lost_processes() -> Iterator[None]:
             print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
         if not speaks and os.environ.get("LOCAL_RANK", "0") == "0":
             raise SystemExit(LostProcessError.exit_status) from error
+        raise LostProcessError(message) from error
+
+
+def _check_gpu(error: RuntimeError) -> None:
+    """Raise TrainingError where a GPU has too little memory, LostProcessError where it failed."""
+    import torch
+
+    where = f"the GPU of rank {os.environ.get('RANK', '0')} on {platform.node()}"
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        raise TrainingError(
+            f"{where} has too little memory ({first_line}); lower micro_batch_size, recompute activations (recompute_granularity), "
+            "or divide the model over more processes: tools/plan.py tells what fits. The last checkpoint is untouched."
+        ) from error
+    if isinstance(error, torch.AcceleratorError):
+        message = f"{where} failed ({first_line}); start the same command again: it goes on from the last checkpoint."
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # what this process says is otherwise kept back
+            print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
         raise LostProcessError(message) from error
 
 

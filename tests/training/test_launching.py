@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_instruct.errors import ConfigError, LostProcessError
+from megatron_instruct.errors import ConfigError, LostProcessError, TrainingError
 from megatron_instruct.training.settings.faults import FaultOptions
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON, ExitRequests, reason_of
 
@@ -179,6 +179,29 @@ def test_a_second_run_in_the_same_folder_is_told_once_and_disturbs_nothing(
     assert logs[1].read_text().count("another run is writing to") == 1
     assert first.wait(timeout=300) == 0, logs[0].read_text()
     assert_same_end(save, two["distributed optimizer"])
+
+
+def test_a_gpu_that_fails_or_is_full_is_told_with_its_rank_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from megatron_instruct.training.run import _lost_processes
+
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)  # which capsys looks at
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with (
+        pytest.raises(TrainingError, match=r"the GPU of rank 5 on .* has too little .*CUDA out of.*lower micro_batch_size"),
+        _lost_processes(),
+    ):
+        raise full
+    assert not capsys.readouterr().err, "told by who waits for the first process of the machine"
+    broken = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nSearch for it")
+    with pytest.raises(LostProcessError, match=r"the GPU of rank 5 on .* failed \(CUDA error: uncorrectable ECC"), _lost_processes():
+        raise broken
+    assert "start the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.slow
