@@ -1,9 +1,22 @@
-"""Which sizes the 8-bit matrix products of each recipe can take. Source: Transformer Engine 2.x, "Using FP8". Does not know: torch."""
+"""Which GPU each recipe of 8-bit matrix products needs, and which sizes they can take. Does not know: torch.
+
+Source: Transformer Engine 2.x, "Using FP8".
+"""
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.layout import ParallelLayout
 
+Capability = tuple[int, int]
+NEEDS: dict[str, tuple[Capability, str]] = {
+    "delayed": ((8, 9), "Ada or Hopper"),
+    "tensorwise": ((8, 9), "Ada or Hopper"),
+    "blockwise": ((9, 0), "Hopper"),
+    "mxfp8": ((10, 0), "Blackwell"),
+}
+"""The least compute capability, and the kind of GPU that has it first."""
+CAPABILITIES: dict[str, Capability] = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
+"""Compute capability by generation (NVIDIA, CUDA GPU Compute Capability)."""
 _MULTIPLE, _MXFP8_MULTIPLE = 16, 32
 
 

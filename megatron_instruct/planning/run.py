@@ -11,6 +11,7 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.files import atomic_folder, atomic_write, read_json, write_json
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import check_positions
+from megatron_instruct.models.fp8_sizes import CAPABILITIES, NEEDS
 from megatron_instruct.models.huggingface_config import read_architecture
 from megatron_instruct.models.presets import DIMENSIONS, make_architecture
 from megatron_instruct.planning.chart import write_chart
@@ -25,8 +26,6 @@ from megatron_instruct.planning.validation import table
 
 SETTINGS, SCRIPT, PLAN, CHART = "pretrain.yaml", "run.sh", "plan.json", "plan.png"
 """Files that --write makes."""
-_GENERATIONS = {"blockwise": ("hopper", "blackwell"), "mxfp8": ("blackwell",)}
-"""Which GPUs can do a recipe, where not all with FP8 can (as training.fp8 has it)."""
 _MOST_GPUS = 65536
 """How far to look for a number of GPUs that is enough."""
 
@@ -65,7 +64,7 @@ def make_task(config: PlanConfig) -> Task:
         gpus_per_node=cluster.gpus_per_node,
     )
     check_precision(gpu, training.precision)
-    able = _GENERATIONS.get(training.fp8_recipe, (gpu.generation,))
+    able = [name for name, capability in CAPABILITIES.items() if capability >= NEEDS[training.fp8_recipe][0]]
     if training.precision == "fp8" and gpu.generation not in able:
         raise ConfigError(
             f"fp8_recipe={training.fp8_recipe} needs a {' or '.join(map(str.title, able))} GPU, and {gpu.kind} is none; "

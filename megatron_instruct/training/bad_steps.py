@@ -139,8 +139,7 @@ class Steps:
             if model.num_moe_experts is not None:
                 scale_expert_losses(model, share)
             return False
-        empty = {event["iteration"] for event in self._ledger.events if event["kind"] == "empty"}
-        if empty.issuperset(range(iteration - _MOST_EMPTY_IN_A_ROW, iteration)):
+        if self._ledger.steps("empty").issuperset(range(iteration - _MOST_EMPTY_IN_A_ROW, iteration)):
             raise TrainingError(
                 f"step {iteration}: no token of its batch counts in the loss, nor in the {_MOST_EMPTY_IN_A_ROW} steps before it; "
                 "give another role a weight in role_weights, or raise global_batch_size."

@@ -13,6 +13,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_instruct.training.epochs import StrictEpochDataset
 from megatron_instruct.training.index_file import IndexFile, shares_of
 from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset
 from megatron_instruct.training.sources import Blend
@@ -62,14 +63,15 @@ def blend(
     *,
     starts: Sequence[int],
     size: int,
-    kind: type[RoleWeightedDataset],
     validates: bool,
     split: str | None,
 ) -> Any:
     """Return at least `size` samples of a blend; without weights, in proportion to the tokens.
 
-    starts: the first sample of each data set that is free. split: None where data sets are taken whole.
+    starts: the first sample of each data set that is free. validates: samples are for validation; those for training are of strict epochs.
+    split: None where data sets are taken whole.
     """
+    kind = RoleWeightedDataset if validates else StrictEpochDataset
     prefixes, weights = of
     share = (0.0, 1.0) if split is None else shares_of(split)[int(validates)]
     weights = weights or [float(index.tokens(share)) for index in indices]

@@ -76,14 +76,14 @@ def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -
     for of_phase, start, end, fingerprint in plan or [(sources.train, 0, batch.train_iters, sources.fingerprint)]:
         first = batch.samples_before(start)
         length = batch.samples_before(end) - first
-        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, kind=StrictEpochDataset)
+        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, validates=False)
         parts.append((first, part))
         drawn = counts(part, of_phase[0], length)
         used = {**used, **{prefix: used.get(prefix, 0) + count for prefix, count in drawn.items()}}
     of_validation = sources.valid or (None if sources.phases else sources.train)
     if not validation or of_validation is None:
         return Phases(parts), None
-    valid = _own_blend(config, sources, cache, of_validation, sources.fingerprint, size=validation, used={}, kind=None)
+    valid = _own_blend(config, sources, cache, of_validation, sources.fingerprint, size=validation, used={}, validates=True)
     return Phases(parts), valid
 
 
@@ -96,12 +96,12 @@ def _own_blend(
     *,
     size: int,
     used: dict[str, int],
-    kind: type[RoleWeightedDataset] | None,
+    validates: bool,
 ) -> Any:
-    """Return `size` samples of a blend. used: samples of each data set that earlier phases took. kind: None for validation."""
+    """Return `size` samples of a blend. used: samples of each data set that earlier phases took."""
     split = sources.split if config.data.is_divided else None
     starts = [used.get(prefix, 0) for prefix in of[0]]
-    name = _name(config, of, split, fingerprint, starts, size, None if kind is None else kind.__name__)
+    name = _name(config, of, split, fingerprint, starts, size, None if validates else StrictEpochDataset.__name__)
     return cache.load(
         name,
         lambda folder: blend(
@@ -110,8 +110,7 @@ def _own_blend(
             [sources.indices[prefix] for prefix in of[0]],
             starts=starts,
             size=size,
-            kind=kind or RoleWeightedDataset,
-            validates=kind is None,
+            validates=validates,
             split=split,
         ),
     )

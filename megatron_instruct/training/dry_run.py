@@ -4,6 +4,7 @@ from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
 from megatron_instruct.models.batches import BatchPlan
 from megatron_instruct.models.checkpoint_folder import iterations, latest_iteration
+from megatron_instruct.models.fp8_sizes import CAPABILITIES
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.planning.constants import load_constants
 from megatron_instruct.planning.estimate import Estimate
@@ -13,13 +14,10 @@ from megatron_instruct.planning.report import GIB, parts, sentence
 from megatron_instruct.planning.shape import shape_of
 from megatron_instruct.tokenizer import load_tokenizer
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.fp8 import Capability, check_fp8
+from megatron_instruct.training.fp8 import check_fp8
 from megatron_instruct.training.plan import check_model_settings, plan_batches, plan_layout
 from megatron_instruct.training.sources import check_blends
 from megatron_instruct.training.start import architecture_from, find_start
-
-_CAPABILITIES: dict[str, Capability] = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
-"""Compute capability by generation (NVIDIA, CUDA GPU Compute Capability)."""
 
 
 def describe(config: PretrainConfig) -> str:
@@ -115,7 +113,7 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
     precision: Precision = "fp8" if computes_in_8_bits else "fp32" if config.dtype == "fp32" else "bf16"
     check_precision(gpu, precision)
     tokens_of_rank = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
-    check_fp8(config.fp8, architecture, layout, tokens=tokens_of_rank, capability=_CAPABILITIES[gpu.generation])
+    check_fp8(config.fp8, architecture, layout, tokens=tokens_of_rank, capability=CAPABILITIES[gpu.generation])
     execution = Execution(
         layout=layout,
         seq_length=config.batch.seq_length,

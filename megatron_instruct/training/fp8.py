@@ -7,19 +7,10 @@ from typing import Any
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
-from megatron_instruct.models.fp8_sizes import check_fp8_sizes
+from megatron_instruct.models.fp8_sizes import NEEDS, Capability, check_fp8_sizes
 from megatron_instruct.models.layout import ParallelLayout
 from megatron_instruct.platform.fp8_recipe import Fp8Recipe
 from megatron_instruct.training.settings.precision import Fp8Options
-
-Capability = tuple[int, int]
-_NEEDS: dict[str, tuple[Capability, str]] = {
-    "delayed": ((8, 9), "Ada or Hopper"),
-    "tensorwise": ((8, 9), "Ada or Hopper"),
-    "blockwise": ((9, 0), "Hopper"),
-    "mxfp8": ((10, 0), "Blackwell"),
-}
-"""The least compute capability, and the kind of GPU that has it first."""
 
 
 def _settings(options: Fp8Options) -> dict[str, Any]:
@@ -80,7 +71,7 @@ def check_fp8(
     check_fp8_sizes(options.fp8_recipe, architecture, layout, tokens=tokens)
     if options.fp8_emulation:
         return
-    least, kind = _NEEDS[options.fp8_recipe]
+    least, kind = NEEDS[options.fp8_recipe]
     if capability is None or capability < least:
         found = "there is no GPU" if capability is None else f"this GPU has {capability[0]}.{capability[1]}"
         raise ConfigError(

@@ -50,7 +50,11 @@ class Ledger:
     @property
     def skipped(self) -> set[int]:
         """The steps whose batch was bad."""
-        return {event["iteration"] for event in self.events if event["kind"] == "skip"}
+        return self.steps("skip")
+
+    def steps(self, kind: str) -> set[int]:
+        """Return the steps that had an event of a kind."""
+        return {event["iteration"] for event in self.events if event["kind"] == kind}
 
     def leaves_out(self, iteration: int) -> bool:
         """Say whether a step is left out: its batch was bad or counts for nothing, or the run went back to a checkpoint before it."""

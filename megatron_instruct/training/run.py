@@ -141,8 +141,8 @@ def _lost_processes() -> Iterator[None]:
             f"another process of the run is gone or silent: {who} ({first_line}); look for the first error above, and start the "
             "same command again: it goes on from the last checkpoint."
         )
-        if speaks and os.environ.get("LOCAL_RANK", "0") != "0":  # what this process says is otherwise kept back
-            print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
+        if speaks:
+            _tell(message)
         if not speaks and os.environ.get("LOCAL_RANK", "0") == "0":
             raise SystemExit(LostProcessError.exit_status) from error
         raise LostProcessError(message) from error
@@ -161,9 +161,14 @@ def _check_gpu(error: RuntimeError) -> None:
         ) from error
     if isinstance(error, torch.AcceleratorError):
         message = f"{where} failed ({first_line}); start the same command again: it goes on from the last checkpoint."
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # what this process says is otherwise kept back
-            print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
+        _tell(message)
         raise LostProcessError(message) from error
+
+
+def _tell(message: str) -> None:
+    """Say what main would keep back, where this is not the first process of its machine."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        print(f"pretrain.py: error: {message}", file=sys.__stderr__, flush=True)
 
 
 def _roll_call() -> tuple[list[int], bool]:

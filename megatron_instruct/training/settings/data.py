@@ -74,7 +74,7 @@ class DataOptions:
     def training_blend(self) -> GivenBlend:
         """What is trained on where there are no phases. Raises InputError for a file that holds no blend."""
         if self.data_args_path is not None:
-            return _read_blend(self.data_args_path, "data_args_path")
+            return _read_blend(self.data_args_path)
         if self.per_split_data_args_path is not None:
             return _read_share(self.per_split_data_args_path, "train")
         return GivenBlend("data_path", self.data_path) if self.data_path else GivenBlend("train_data_path", self.train_data_path)
@@ -114,14 +114,14 @@ class DataOptions:
             raise ConfigError("role_weights: every weight is 0, so that nothing is learnt; give one role a weight above 0.")
 
 
-def _read_blend(path: Path, setting: str) -> GivenBlend:
+def _read_blend(path: Path) -> GivenBlend:
     try:
         words = tuple(path.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{setting}={path} cannot be read: {error}") from error
+        raise InputError(f"data_args_path={path} cannot be read: {error}") from error
     if not words:
-        raise InputError(f"{setting}={path} is empty; write what data_path takes into it, such as 0.3 PREFIX 0.7 PREFIX.")
-    return GivenBlend(f"{setting}={path}", words)
+        raise InputError(f"data_args_path={path} is empty; write what data_path takes into it, such as 0.3 PREFIX 0.7 PREFIX.")
+    return GivenBlend(f"data_args_path={path}", words)
 
 
 def _read_share(path: Path, share: str) -> GivenBlend:
