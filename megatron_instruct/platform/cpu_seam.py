@@ -16,7 +16,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_instruct.errors import ConfigError
-from megatron_instruct.platform.cpu_functions import look_up, rotate, swiglu
+from megatron_instruct.platform.cpu_functions import look_up, multiply, rotate, swiglu
 
 MEGATRON_CORE_VERSION = "0.19"
 _CPU = torch.device("cpu")
@@ -114,6 +114,19 @@ def _weighted_swiglu(x: torch.Tensor, bias: torch.Tensor | None, weights: torch.
 def _largest_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.float()
     return logits, logits.amax(dim=-1)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.matmul(left, right, **options) if options else multiply(left, right)
+
+
+def _rows_as_they_lie(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(gradient: torch.Tensor, layer_input: torch.Tensor) -> Any:
+        if gradient.dim() == 3 and gradient.permute(2, 0, 1).is_contiguous():
+            return gradient.flatten(0, 1), layer_input.flatten(0, 1)
+        return original(gradient, layer_input)
+
+    return prepare
 
 
 def _scaled(_chunk_size: int, _overflow: torch.Tensor, tensors: list[list[torch.Tensor]], scale: float) -> None:
@@ -256,6 +269,16 @@ REPLACEMENTS = (
         symbol="megatron.core.tensor_parallel.layers:F",
         why="the gradient of the embedding is as large as its weight, and is zeroed and added: rows are added to the sum instead",
         make=_with(embedding=look_up),
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:torch",
+        why="logits, which outnumber all else, are made a quarter faster with the tokens of an id beside each other",
+        make=_with(matmul=_matmul),
+    ),
+    Replacement(
+        symbol="megatron.core.tensor_parallel.layers:prepare_input_tensors_for_wgrad_compute",
+        why="copies the gradient of such logits",
+        make=_rows_as_they_lie,
     ),
     Replacement(
         symbol="megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",

@@ -125,6 +125,39 @@ assert weight.grad is None
     assert done.returncode == 0, done.stderr
 
 
+def test_logits_of_many_ids_have_the_values_and_gradients_of_a_plain_product_and_are_not_copied() -> None:
+    """In a process of its own, since the seam is installed in it."""
+    code = """
+import torch
+from megatron_instruct.platform import device, noise
+noise.silence()
+device.initialize(threads=1)
+from megatron.core.tensor_parallel import layers
+from megatron_instruct.models.build import join_model_parallel_groups
+from megatron_instruct.models.layout import ParallelLayout
+join_model_parallel_groups(ParallelLayout(), seed=1)
+options = {"allreduce_dgrad": False, "sequence_parallel": False}
+for length, batch, ids in ((7, 3, 900), (1, 1, 40), (7, 3, 60)):
+    weight, before = torch.randn(ids, 4).requires_grad_(), torch.randn(length, batch, 4).requires_grad_()
+    weight.main_grad = torch.ones(ids, 4)
+    after = layers.linear_with_grad_accumulation_and_async_allreduce(before, weight, None, True, **options)
+    by_ids = after.permute(2, 0, 1).is_contiguous()
+    assert by_ids is (ids > 4 * length * batch)
+    gradient = torch.randn(ids, length, batch).permute(1, 2, 0) if by_ids else torch.randn(length, batch, ids)
+    rows, _ = layers.prepare_input_tensors_for_wgrad_compute(gradient, before)
+    assert rows.data_ptr() == gradient.data_ptr()
+    after.backward(gradient)
+    torch.testing.assert_close(after, before @ weight.t())
+    torch.testing.assert_close(before.grad, gradient @ weight)
+    torch.testing.assert_close(weight.main_grad, 1 + gradient.reshape(-1, ids).t() @ before.reshape(-1, 4))
+out = torch.empty(3, 5)
+layers.torch.matmul(torch.ones(3, 2), torch.ones(2, 5), out=out)
+torch.testing.assert_close(out, torch.full((3, 5), 2.0))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_positions_are_megatron_cores_in_either_order(interleaved: bool) -> None:
     """In a process of its own, since the seam is installed in it."""
