@@ -8,6 +8,7 @@ Does not know: any stage. What a setting means is checked by the dataclass itsel
 """
 
 import dataclasses
+import inspect
 import itertools
 import math
 import re
@@ -74,7 +75,7 @@ def parse[Config](config_type: type[Config], argv: Sequence[str], *, prog: str) 
         command_type,
         args=arguments,
         prog=prog,
-        description=config_type.__doc__,
+        description=inspect.getdoc(config_type),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     _refuse_what_is_not_finite(command.stage)

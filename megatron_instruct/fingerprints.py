@@ -79,11 +79,19 @@ def unchanged(files: Sequence[Path], before: Sequence[State], parts: Iterable[Pa
     try:
         yield
     finally:
-        for file, then in zip(files, before, strict=True):
-            if not file.is_file() or _state(file) != then:
-                for part in parts:
-                    shutil.rmtree(part, ignore_errors=True)
-                raise InputError(f"input {file} changed while it was read; run the same command again.")
+        try:
+            require_unchanged(files, before)
+        except InputError:
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def require_unchanged(files: Sequence[Path], before: Sequence[State]) -> None:
+    """Raise InputError that names the first file that is not as it was."""
+    for file, then in zip(files, before, strict=True):
+        if not file.is_file() or _state(file) != then:
+            raise InputError(f"input {file} changed while it was read; run the same command again.")
 
 
 def _batches(files: Sequence[Path]) -> list[list[Path]]:

@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """A file's name (relative to the manifest for outputs, as given for inputs), size in bytes and SHA-256."""
+    """A file's name (relative to the manifest for outputs, from the root for inputs), size in bytes and SHA-256."""
 
     path: str
     bytes: int
@@ -59,7 +59,7 @@ def record(path: Path, *, relative_to: Path | None = None) -> FileRecord:
 
 
 def _named(found: FileRecord, path: Path, relative_to: Path | None) -> FileRecord:
-    return dataclasses.replace(found, path=os.path.relpath(path, relative_to) if relative_to else str(path))
+    return dataclasses.replace(found, path=os.path.relpath(path, relative_to) if relative_to else str(path.absolute()))
 
 
 def records(

@@ -21,7 +21,7 @@ def check_known(folder: Path, weights: Iterable[Path], inputs: Iterable[FileReco
     """
     found: Mapping[str, FileRecord] = {item.path: item for item in inputs}
     for file in sorted(weights):
-        known = found[str(file)]
+        known = found[str(file.absolute())]
         check_stage_outputs([file], [known])
         noted = _noted(folder, file)
         if noted is not None and noted != known.sha256:

@@ -102,21 +102,43 @@ def _resolve(given: str) -> list[Path]:
         return _of_folder(path)
     if path.exists() or path.is_symlink():
         return [_checked(path)]
-    matches = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+    pattern = path
+    while pattern.name == "**":  # all that a folder holds, as the folder itself does
+        pattern = pattern.parent
+    matches = [Path(name) for name in sorted(_glob(pattern)) if pattern == path or Path(name).is_dir()]
     _require_readable(path, given)
     files = [file for match in matches for file in (_of_folder(match) if match.is_dir() else [match]) if not file.name.endswith(REJECTS)]
     if not files:
         bracket = "; in a pattern, [[] stands for a bracket" if "[" in given else ""
         raise InputError(f"input {given}: no such file, folder or pattern{bracket}; {_KNOWN}.")
-    return [_checked(file) for file in files]
+    return [_checked(file) for file in dict.fromkeys(files)]  # a pattern may match a folder and what is in it
+
+
+def _glob(pattern: Path) -> set[str]:
+    """Return what a pattern matches, as glob.glob does, which follows links to a folder above until the system has enough of it."""
+    if "**" not in pattern.parts:
+        return set(glob.glob(str(pattern)))
+    place = pattern.parts.index("**")
+    head, tail = Path(*pattern.parts[:place]), [*itertools.dropwhile("**".__eq__, pattern.parts[place:])]
+    folders = [folder for start in _glob(head) if Path(start).is_dir() for folder in _folders(Path(start), above=frozenset())]
+    return {match for folder in folders for match in (_glob(Path(glob.escape(str(folder)), *tail)) if tail else [str(folder)])}
+
+
+def _folders(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Yield a folder and those below it that are not hidden. above: as in _walk."""
+    yield folder
+    above |= {folder.resolve()}
+    for entry in folder.iterdir() if os.access(folder, os.R_OK | os.X_OK) else ():
+        if not entry.name.startswith(".") and entry.is_dir() and entry.resolve() not in above:
+            yield from _folders(entry, above)
 
 
 def _require_readable(pattern: Path, given: str) -> None:
-    """Raise InputError for a folder that may not be read, which glob passes over as if it were empty."""
+    """Raise InputError for a folder that may not be read, which a pattern passes over as if it were empty."""
     for above, name in zip(pattern.parents, (pattern, *pattern.parents), strict=False):
         needed = os.R_OK | os.X_OK if glob.has_magic(name.name) else os.X_OK
-        for folder in glob.iglob(f"{above}/", recursive=True):
-            if not os.access(folder, needed):
+        for folder in sorted(_glob(above)):
+            if Path(folder).is_dir() and not os.access(folder, needed):
                 raise InputError(f"input {given}: the folder {folder} may not be read; make it readable, or narrow the pattern.")
 
 

@@ -10,12 +10,18 @@ from typing import Any
 
 from megatron_instruct.corpora.parts import Part
 from megatron_instruct.files import read_json
+from megatron_instruct.fingerprints import require_unchanged
 
 _SUMMARY = "summary.json"
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write it into the unfinished folder of a part, which atomic_folder flushes to the disk as a whole."""
+def write_summary(folder: Path, part: Part, summary: Mapping[str, Any]) -> None:
+    """Write it into the unfinished folder of a part, which atomic_folder flushes to the disk as a whole.
+
+    Raises InputError where a file of the part changed since its state was taken: the folder may hold what nobody fingerprinted.
+    """
+    if part.states is not None:
+        require_unchanged([piece.path for piece in part.slices], part.states)
     (folder / _SUMMARY).write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
 
 

@@ -6,14 +6,15 @@ file of any other kind stays whole, since it can only be read from its start. Sm
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_instruct.corpora.formats import format_of
 from megatron_instruct.corpora.items import BrokenRecord, Record, Slice, whole_file
 from megatron_instruct.corpora.read import read_slice
+from megatron_instruct.fingerprints import State
 from megatron_instruct.threads import in_threads
 
 __all__ = ["Part", "Slice", "plan_parts", "read_part", "total_lines", "usual_parts"]
@@ -25,6 +26,12 @@ class Part:
     """What is read in one piece of work: a slice of a large file, or several small files."""
 
     slices: tuple[Slice, ...]
+    states: tuple[State, ...] | None = None
+    """Of the file of each slice, before any was read; None where machines may see other times of a file."""
+
+    def as_of(self, states: Mapping[Path, State]) -> "Part":
+        """Return this part of files in these states, so that what is made of changed ones is never finished."""
+        return replace(self, states=tuple(states[piece.path] for piece in self.slices))
 
     @property
     def lines(self) -> int | None:

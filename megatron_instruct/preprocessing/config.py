@@ -76,7 +76,7 @@ class PreprocessConfig:
     share: str | None = None
     """I/N: encode every N-th part from the I-th, beside runs of the other shares; a last run without it merges."""
     partitions: int | None = None
-    """Parts that the work is divided into; a finished one is not done again (default: about 64, each of 1 to 64 MB).
+    """Parts that the work is divided into; a finished one is not done again (default: about 64, but each of 4 to 64 MiB).
     The result does not depend on it."""
     log_interval: int = 1000
     """Documents between two updates of the progress display, per worker."""
@@ -109,6 +109,10 @@ class PreprocessConfig:
         low, high = self.min_document_tokens, self.max_document_tokens
         if low is not None and high is not None and low > high:
             raise ConfigError(f"min_document_tokens={low} is above max_document_tokens={high}: no document would be left.")
+        if self.long_documents == "reject" and high is None:
+            raise ConfigError("long_documents=reject needs max_document_tokens, which says what is long; add it.")
+        if self.lang != "english" and not self.split_sentences:
+            raise ConfigError(f"lang={self.lang} is that of sentences to be split; add --split-sentences, or leave lang out.")
         if self.split_sentences and self.pack_sequence_length is not None:
             raise ConfigError("split_sentences makes a sequence of each sentence, pack_sequence_length of many documents; give one.")
         if self.split_sentences and high is not None and self.long_documents == "split":

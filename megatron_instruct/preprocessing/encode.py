@@ -102,7 +102,7 @@ class PartEncoder:
                     self._encode_block(block, writer)
                     report(len(block) + len(block.broken))
             summary = writer.summary()
-            write_summary(unfinished, asdict(summary))
+            write_summary(unfinished, part, asdict(summary))
         return summary
 
     def _encode_block(self, block: Block, writer: PartWriter) -> None:

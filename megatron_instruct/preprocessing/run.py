@@ -220,7 +220,8 @@ def _encode(job: _Job, plan: _Plan) -> None:
     encode_job = _encode_job(job, plan.fast_form)
     with Progress("preprocess", total=total_lines(left.values()), unit="documents") as progress:
         if plan.team is not None:
-            plan.team.do_parts(left, encode_job, report=progress.add)
+            states = dict(zip(job.files, job.states, strict=True))
+            plan.team.do_parts({folder: part.as_of(states) for folder, part in left.items()}, encode_job, report=progress.add)
         else:
             from megatron_instruct.preprocessing.on_ray import encode_parts_on_ray
 

@@ -149,7 +149,7 @@ def input_faults(manifest: Manifest) -> tuple[list[str], int]:
     faults, gone = [], 0
     for source in manifest.inputs:
         path = Path(source.path)
-        if not path.is_file():
+        if not (path.is_absolute() and path.is_file()):  # version 0.1.0 kept names as given, and not the folder they were given in
             gone += 1
         elif path.stat().st_size != source.bytes or sha256_of(path) != source.sha256:
             faults.append(f"the input {source.path} was changed after the data set was made from it")

@@ -7,6 +7,7 @@ Does not know: examples, or how styles are put together into a document.
 
 import hashlib
 import itertools
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from megatron_instruct.errors import ConfigError, did_you_mean
 from megatron_instruct.templates.numbering import NUMBERINGS
 from megatron_instruct.templates.slots import Template, parse
-from megatron_instruct.templates.yaml_nodes import Node, read_yaml
+from megatron_instruct.templates.yaml_nodes import MOST_TEXTS, Node, read_yaml
 
 BANKS = Path(__file__).parent / "banks"
 """Folder of the banks that come with the package, LANGUAGE.yaml each."""
@@ -175,7 +176,7 @@ def load_bank(path: Path, *, extension: Path | None = None) -> Bank:
 
 def _version(node: Node) -> int:
     value = node.number()
-    if value < 1 or value != int(value):
+    if not 1 <= value < math.inf or value != int(value):
         node.fail(f"version {value:g} must be a whole number from 1 on.")
     return int(value)
 
@@ -204,6 +205,8 @@ def _styles(name: str, node: Node) -> Iterator[Style]:
     for entry in node.sequence():
         fields = entry.known_items(tuple(family.fields), required=True)
         texts = [[(field, text) for text in fields[field].texts()] for field in family.fields]
+        if (count := math.prod(map(len, texts))) > MOST_TEXTS:
+            entry.fail(f"{name}: the texts of this entry's fields make {count:,} styles, more than {MOST_TEXTS:,}; split or shorten them.")
         for combination in itertools.product(*texts):
             yield _checked(name, dict(combination))
 

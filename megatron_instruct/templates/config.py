@@ -20,7 +20,7 @@ class RenderConfig:
     input: tuple[str, ...]
     """Files of examples (.jsonl, .jsonl.gz, .jsonl.zst), glob patterns, or folders that synthesize.py wrote; rendered in this order."""
     output_dir: Path
-    """Folder to write; it must be new, empty, or hold this very result already."""
+    """Folder to write; it must be new, empty, or hold this very result, finished or not."""
     seed: int = 1234
     """Whole number that, with an example's id, decides what is drawn for it."""
     language: str | None = None
@@ -37,7 +37,7 @@ class RenderConfig:
     show: int = 0
     """Number of documents to print at the end, coloured by role."""
     show_html: Path | None = None
-    """File to write the shown documents to, as a page; the terminal then shows none."""
+    """File, NAME.html, to write the shown documents to, as a page; the terminal then shows none."""
 
     def __post_init__(self) -> None:
         if not self.input:

@@ -56,7 +56,7 @@ class RenderJob:
                         writer.write(item)
                         report(1)
                 summary = {"counts": writer.counts, "rejected": writer.rejected}
-                write_summary(unfinished, summary)
+                write_summary(unfinished, part, summary)
 
         return do_part
 

@@ -129,7 +129,8 @@ def _render_parts(
     }
     place = config.output_dir / PARTS
     take_up(place, plan, outputs=[config.output_dir / name for name in (AUGMENTED, REJECTS)])
-    work = {place / f"{number:06d}": part for number, part in enumerate(parts)}
+    of_each = dict(zip(files, states, strict=True))
+    work = {place / f"{number:06d}": part.as_of(of_each) for number, part in enumerate(parts)}
     left = unfinished(work)
     say_what_is_left(work, left)
     job = RenderJob(

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_instruct.errors import InputError, did_you_mean
 
-_MOST_TEXTS = 20_000
+MOST_TEXTS = 20_000
 _DEEPEST = 20
 
 
@@ -70,6 +70,8 @@ class Node:
         text = str(self.node.value)
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             self.fail(f"{text!r} holds half of a surrogate pair, which is no text; write the whole character.")
+        if "\0" in text:
+            self.fail(f"{text!r} holds a NUL character, which no document may; leave it out.")
         return text
 
     def number(self) -> float:
@@ -86,9 +88,9 @@ class Node:
 
     def texts(self) -> list[tuple[str, "Node"]]:
         """Return the texts of an expression in order, each with the node that errors about it should name."""
-        texts = list(itertools.islice(self._texts(_DEEPEST), _MOST_TEXTS + 1))
-        if len(texts) > _MOST_TEXTS:
-            self.fail(f"this makes more than {_MOST_TEXTS:,} texts; split or shorten it.")
+        texts = list(itertools.islice(self._texts(_DEEPEST), MOST_TEXTS + 1))
+        if len(texts) > MOST_TEXTS:
+            self.fail(f"this makes more than {MOST_TEXTS:,} texts; split or shorten it.")
         return texts
 
     def _texts(self, depth: int) -> Iterator[tuple[str, "Node"]]:
@@ -99,7 +101,7 @@ class Node:
                 yield from item._texts(depth - 1)
         elif isinstance(self.node, yaml.MappingNode):
             parts = self.known_items(("join",), required=True)["join"].sequence()
-            choices = [list(itertools.islice(part._texts(depth - 1), _MOST_TEXTS + 1)) for part in parts]
+            choices = [list(itertools.islice(part._texts(depth - 1), MOST_TEXTS + 1)) for part in parts]
             for combination in itertools.product(*choices):
                 yield "".join(text for text, _ in combination), self
         else:
@@ -119,7 +121,12 @@ def read_yaml(path: Path, what: str = "a template bank") -> Node:
         root = _composed(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line} is not UTF-8 text: {error.reason}; save the file as UTF-8.") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be read; write it flatter.") from error
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = path if mark is None else f"{path}:{mark.line + 1}"
         raise InputError(f"{where} is not valid YAML: {error}") from error

@@ -53,6 +53,21 @@ def test_links_to_folders_are_followed_without_end(tmp_path: Path) -> None:
     assert names(tmp_path / "corpus") == ["a.jsonl"]
 
 
+def test_a_pattern_takes_a_file_once_and_follows_no_link_to_a_folder_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(*(tmp_path / "in" / name for name in ("a.jsonl", "b.jsonl", "x/a.jsonl", "x/.hidden/c.jsonl", "x/y/d.txt", "docs/README.md")))
+    for number in range(12):  # each way through one of them would lead through all others
+        (tmp_path / "in" / "x" / f"up{number}").symlink_to("..")
+    (tmp_path / "elsewhere").mkdir()
+    touch(tmp_path / "elsewhere" / "e.jsonl")
+    (tmp_path / "in" / "z").symlink_to(tmp_path / "elsewhere")
+    jsonl = ["a.jsonl", "b.jsonl", "a.jsonl", "e.jsonl"]
+    assert names(tmp_path / "in" / "**" / "*.jsonl") == names(tmp_path / "i*" / "**" / "**" / "[a-e].jsonl") == jsonl
+    assert names(tmp_path / "in" / "**") == names(tmp_path / "in") == names(tmp_path / "i?" / "**" / "**")
+    assert names(tmp_path / "in" / "**" / "[yz]") == ["d.txt", "e.jsonl"]
+    assert names(tmp_path / "in" / "**" / ".hidden" / "*") == ["c.jsonl"]
+    assert not capsys.readouterr().out, "nothing was named twice"
+
+
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     touch(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
@@ -206,6 +221,6 @@ def test_an_empty_input_and_a_name_that_no_manifest_holds_are_refused(tmp_path: 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     touch(tmp_path / "a" / "a.jsonl", tmp_path / "b" / "a.jsonl")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b")  # the system manager may read everything
-    with pytest.raises(InputError, match=r"the folder .*b/ may not be read; make it readable, or narrow the pattern"):
+    with pytest.raises(InputError, match=r"the folder .*b may not be read; make it readable, or narrow the pattern"):
         find_files([str(tmp_path / pattern)])
     assert names(tmp_path / "a" / "*.jsonl", tmp_path / "a*" / "a.jsonl") == ["a.jsonl"]

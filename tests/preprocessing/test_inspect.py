@@ -207,6 +207,24 @@ def test_inputs_that_are_gone_are_no_fault(with_roles: Path, tmp_path: Path, cap
     assert "1 inputs are no longer where they were read" in capsys.readouterr().out
 
 
+def test_inputs_named_from_another_folder_are_those_that_were_read(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there" / "texts.jsonl").write_bytes(corpus.read_bytes())
+    (tmp_path / "here" / "texts.jsonl").write_text('{"text": "Another file of this name."}\n')
+    monkeypatch.chdir(tmp_path / "there")
+    run(PreprocessConfig(input=("texts.jsonl",), output_prefix=Path("../data/x"), tokenizer_model=tokenizer_folder, workers=1))
+    monkeypatch.chdir(tmp_path / "here")
+    capsys.readouterr()
+    assert main(["--data-path", "../data/x_text_document"]) == 0
+    assert "no longer" not in capsys.readouterr().out
+    (tmp_path / "there" / "texts.jsonl").write_text("changed")
+    assert main(["--data-path", "../data/x_text_document"]) == 3
+    assert f"the input {tmp_path}/there/texts.jsonl was changed" in capsys.readouterr().out
+
+
 def test_another_tokenizer_is_a_fault(data: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     model.add_tokens(["<extra>"])

@@ -228,6 +228,8 @@ def test_long_documents_are_split_into_the_fewest_nearly_equal_ones(
         ({"min_document_tokens": 0}, "min_document_tokens=0 must be at least 1"),
         ({"max_document_tokens": 0}, "max_document_tokens=0 must be at least 1"),
         ({"min_document_tokens": 9, "max_document_tokens": 8}, "no document would be left"),
+        ({"long_documents": "reject"}, "long_documents=reject needs max_document_tokens"),
+        ({"lang": "german"}, "lang=german is that of sentences to be split; add --split-sentences"),
         ({"pack_sequence_length": 1}, "pack_sequence_length=1 must be at least 2"),
         ({"shuffle_seed": -1}, "shuffle_seed=-1 must be at least 0"),
         ({"split_sentences": True, "pack_sequence_length": 8}, "give one"),

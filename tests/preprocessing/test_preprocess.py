@@ -1,5 +1,6 @@
 """preprocess_data.py: the right tokens in Megatron's format, whatever the workers, and nothing lost."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -314,10 +315,12 @@ def test_an_interruption_does_not_wait_for_the_input_to_be_cut(
         end.set()
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("when", ["while it is fingerprinted", "while it is encoded"])
 def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_before(
-    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, when: str, killed: bool
 ) -> None:
+    """killed: before the run could look at its inputs once more."""
     before = corpus.read_bytes()
     preprocess(corpus, tmp_path / "calm" / "a", tokenizer_folder)
     step = "shared_records" if when == "while it is fingerprinted" else "take_up"
@@ -330,6 +333,8 @@ def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_befo
         return done
 
     monkeypatch.setattr(module, step, changing)
+    if killed:
+        monkeypatch.setattr(module, "unchanged", lambda *_: contextlib.nullcontext())
     with pytest.raises(InputError, match="changed while it was read; run the same command again"):
         preprocess(corpus, tmp_path / "out" / "a", tokenizer_folder, on_error="reject")
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -188,13 +189,29 @@ def test_a_cluster_that_was_once_started_on_this_machine_is_not_joined_unasked(m
     asked: list[str | None] = []
     monkeypatch.setattr(ray, "init", lambda *, address, **others: asked.append(address))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for given in (None, "10.0.0.1:6379"):
-        with ray_cluster(given):
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        for given in (None, address):
+            with ray_cluster(given):
+                pass
+        monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
+        with ray_cluster(None):
             pass
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
-    with ray_cluster(None):
+    assert asked == ["local", address, f"ray://{address}"]
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_an_address_at_which_nothing_listens_is_named_at_once(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Ray tries for minutes."""
+    ray = pytest.importorskip("ray", reason="needs the extra 'cluster'")
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was asked"))
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = form.format(f"127.0.0.1:{gone.getsockname()[1]}")
+    with (
+        pytest.raises(ConfigError, match=rf"ray_address='{address}': no Ray cluster answers there \(.*Connection refused\)"),
+        ray_cluster(address),
+    ):
         pass
-    assert asked == ["local", "10.0.0.1:6379", "10.0.0.2:6379"]
 
 
 def test_an_address_that_is_none_is_named() -> None:

@@ -143,6 +143,9 @@ def changed_bank(tmp_path: Path, old: str, new: str) -> tuple[Path, int]:
         ('answer: "{option}"', 'answer: "{n}"', r"does not tell the options .* apart; use \{option\}"),
         ("option_headers:", "option_header:", "unknown name 'option_header'; did you mean 'option_headers'"),
         ("version: 2", "version: 0", "must be a whole number from 1 on"),
+        ("version: 2", "version: inf", "must be a whole number from 1 on"),
+        ("version: 2", "version: nan", "must be a whole number from 1 on"),
+        ('"Text:\\n"', '"Te\\0xt"', "holds a NUL character, which no document may"),
         ('option_ends: ["\\n"', 'option_headers: ["\\n"', "'option_headers' stands here a second time"),
         ('turns: ["{name}: "', 'turns: ]["{name}: "', "is not valid YAML"),
     ],
@@ -181,6 +184,19 @@ def test_an_explosion_of_texts_is_refused(tmp_path: Path) -> None:
         load_bank(shipped_bank("en"), extension=path)
     path.write_text("bridges: &b\n  - *b\n")
     with pytest.raises(InputError, match=r"big.yaml:\d+: nested more than 20 deep"):
+        load_bank(shipped_bank("en"), extension=path)
+    path.write_text("bridges: " + "[" * 1000 + "]" * 1000)
+    with pytest.raises(InputError, match=r"big.yaml is nested too deeply to be read"):
+        load_bank(shipped_bank("en"), extension=path)
+    path.write_text(f"free_form:\n  - ask: {{join: [&m {many.strip()}, *m, '{{question}}']}}\n    reply: [&r '{{answer}}', *r, *r]\n")
+    with pytest.raises(InputError, match=r"big.yaml:2: free_form: the texts of this entry's fields make 30,000 styles, more than 20,000"):
+        load_bank(shipped_bank("en"), extension=path)
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes('bridges:\n  - "ä"\n  - "caf'.encode() + b'\xe9"\n')
+    with pytest.raises(InputError, match=r"mine.yaml:3 is not UTF-8 text: invalid continuation byte; save the file as UTF-8"):
         load_bank(shipped_bank("en"), extension=path)
 
 

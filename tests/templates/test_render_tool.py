@@ -1,5 +1,6 @@
 """render_templates.py as a user meets it: whole or absent, the same bytes again, nothing lost without a reason."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -185,17 +186,23 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch:
     assert render_to(tmp_path / "out", examples).counts["documents"] == 6
 
 
-def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_made_of_a_changed_input_is_not_gone_on_with_when_it_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """killed: before the run could look at its inputs once more."""
     examples = write_examples(tmp_path / "examples.jsonl", 5)
     before = examples.read_bytes()
     render_to(tmp_path / "calm", examples)
 
     def cut(files: Sequence[Path]) -> list[Part]:
         parts = usual_parts(files)
-        examples.write_bytes(before.replace(b"question", b"QUESTION").replace(b"Question", b"QUESTION"))
+        examples.write_bytes(before.replace(b"A number.", b"A NUMBER."))
         return parts
 
     monkeypatch.setattr("megatron_instruct.templates.run.usual_parts", cut)
+    if killed:
+        monkeypatch.setattr("megatron_instruct.templates.run.unchanged", lambda *_: contextlib.nullcontext())
     with pytest.raises(InputError, match=r"examples.jsonl changed while it was read"):
         render_to(tmp_path / "out", examples)
     monkeypatch.undo()
