@@ -48,7 +48,7 @@ class ServerSettings:
     server_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the server's key, where it asks for one."""
     request_timeout: float = 600.0
-    """Seconds that an answer may take."""
+    """Seconds that an answer may take, from the question to its last byte."""
     server_patience: float = 60.0
     """Seconds that a server which cannot be reached is waited for."""
 

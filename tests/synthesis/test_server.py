@@ -119,6 +119,17 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(1.0)
         self._well(name)
 
+    def _dripping(self, _: str) -> None:
+        """Never leave a read waiting for long, and never come to an end."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            self.wfile.write(b"1\r\n \r\n")
+            time.sleep(0.05)
+        self.close_connection = True
+
     def _gone(self, _: str) -> None:
         self.server.away_until = time.monotonic() + self.server.absence
         self.close_connection = True
@@ -199,6 +210,17 @@ def test_what_fails_is_asked_again_and_only_what_fails_for_good_is_set_aside(ben
     assert "this prompt is not liked" in failed["t002"]
     assert pairs(bench) == {f"t{n:03d}": 0 if f"t{n:03d}" in failed else 2 for n in range(10)}
     assert "request failed 4" in printed
+
+
+def test_an_answer_that_drips_in_is_ended_by_the_timeout(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t001": ["dripping"], "t002": ["dripping"] * 2}
+    started = time.monotonic()
+    status, printed = synthesize(bench.corpus(4), rounds=1, retries=1, request_timeout=0.6, **settings(server))
+    assert status == 0, printed
+    assert time.monotonic() - started < 15
+    assert pairs(bench) == {f"t{n:03d}": 0 if n == 2 else 2 for n in range(4)}
+    (failed,) = (row for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed")
+    assert failed["detail"] == "no answer within request_timeout=0.6 seconds"
 
 
 def test_no_answer_ends_the_thread_that_asked(bench: Any, synthesize: Synthesize, server: Server) -> None:
