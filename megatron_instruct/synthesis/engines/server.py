@@ -35,11 +35,13 @@ class ServerEngine:
     def __init__(self, settings: EngineSettings) -> None:
         """Raises EngineError where no server answers in time, and ConfigError where it is not one that can do what is asked."""
         try:
+            import httpx
             import openai
         except ImportError as error:
             raise MissingPackageError("openai", extra="synthesis", purpose="engine=server") from error
         assert settings.server_url is not None, "checked with the settings"
         self._settings, self._openai, self._url = settings, openai, settings.server_url.rstrip("/")
+        self._response = httpx.Response
         key = os.environ.get(settings.server_key_variable) or "none"
         self._client = openai.AsyncOpenAI(base_url=self._url, api_key=key, timeout=None, max_retries=0)  # its timeouts are of single reads
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.server_prompt == "text" else None
@@ -96,8 +98,8 @@ class ServerEngine:
         openai, seconds = self._openai, self._settings.request_timeout
         for pause in _pauses():
             try:
-                create = self._client.completions.with_raw_response.create(**self._arguments(request))
-                return self._completion(request, await _within(seconds, create))
+                asked = self._client.post("/completions", cast_to=self._response, body=self._body(request))
+                return self._completion(request, await _within(seconds, asked))
             except TimeoutError:
                 return Completion(error=f"no answer within request_timeout={seconds:g} seconds")
             except openai.APIConnectionError as error:
@@ -114,8 +116,11 @@ class ServerEngine:
                 return Completion(error=str(error))
         raise AssertionError("the last try returns")
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
-        """Return what is asked, with all that decides the answer: what is left out, a server takes from the model's generation_config."""
+    def _body(self, request: Request) -> dict[str, Any]:
+        """Return what is asked, with all that decides the answer: what is left out, a server takes from the model's generation_config.
+
+        (openai's own `completions.create` looks at each token of a prompt in Python: 50 ms for 2,000 of them in 3.57.)
+        """
         settings, seed, extra = self._settings, seed_of(self._settings, request), dict[str, Any]()
         if self._model.by_vllm:
             extra = {"top_k": _ALL_TOKENS, "min_p": 0.0}
@@ -131,7 +136,7 @@ class ServerEngine:
             "top_p": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "extra_body": extra,
+            **extra,
             **({} if seed is None else {"seed": seed}),
         }
 
@@ -185,7 +190,7 @@ class ServerEngine:
         return True
 
     async def _list(self) -> Any:
-        return await _within(min(self._settings.request_timeout, 30), self._client.models.with_raw_response.list())
+        return await _within(min(self._settings.request_timeout, 30), self._client.get("/models", cast_to=self._response))
 
     async def _models(self) -> "list[_Model]":
         """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
@@ -237,14 +242,14 @@ async def _within[T](seconds: float, answer: Awaitable[T]) -> T:
 
 def _json(response: Any) -> Any:
     try:
-        return response.http_response.json()
+        return response.json()
     except (ValueError, RecursionError) as error:
         raise _Garbage(f"the server's answer is no JSON: {_content(response)}") from error
 
 
 def _content(response: Any) -> str:
     """Return the beginning of an answer, whatever it is."""
-    return _shortened(response.http_response.content.decode(errors="replace"))
+    return _shortened(response.content.decode(errors="replace"))
 
 
 def _pauses(*, endless: bool = False) -> Iterator[float | None]:
