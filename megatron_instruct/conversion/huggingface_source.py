@@ -122,12 +122,14 @@ def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor], weights: l
                 f"{folder}: {name} has the shape {list(tensors[name].shape)}, and config.json calls for {list(shape)}; copy the model's "
                 "folder again, or mend config.json where it is another model's."
             )
+    copies = [name for name in left_over if name in TIED]
+    for name in (*wanted, *copies):
         if tensors[name].dtype not in DTYPES:
             raise InputError(
                 f"{folder}: {name} is stored as {tensors[name].dtype}; supported: {', '.join(DTYPES)}. Save it as one of them."
             )
-    for name in left_over:
-        if name in TIED and not torch.equal(_read(tensors, name), _read(tensors, TIED[name])):
+    for name in copies:
+        if not torch.equal(_read(tensors, name), _read(tensors, TIED[name])):
             raise InputError(
                 f"{folder}: tie_word_embeddings is true, and {name} differs from {TIED[name]}; set tie_word_embeddings to false in "
                 "config.json where the two are meant to be apart."

@@ -11,7 +11,7 @@ Does not know: files, models, lm-eval.
 import hashlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,14 +120,16 @@ def _stream(seed: int, name: str) -> random.Random:
 
 
 def _question(candidate: _Candidate, by_id: Sequence[_Candidate], *, choices: int, stream: random.Random) -> Question | None:
-    """Draw the wrong choices: the documents in an order of this question's own stream, each text once. by_id: all of them, in order."""
-    order = [other for other in by_id if other.id != candidate.id]
-    stream.shuffle(order)
+    """Draw the wrong choices: the documents in an order of this question's own stream, each text once. by_id: all of them, in order.
+
+    The document itself drops out, since the right choice is drawn already.
+    """
     drawn = [candidate]
     seen, query = {candidate.choice.casefold()}, candidate.query.casefold()
-    for other in order:
+    for place in _shuffled(len(by_id), stream):
         if len(drawn) == choices:
             break
+        other = by_id[place]
         choice = other.choice.casefold()
         if choice not in seen and choice not in query:
             seen.add(choice)
@@ -142,6 +144,16 @@ def _question(candidate: _Candidate, by_id: Sequence[_Candidate], *, choices: in
         gold=drawn.index(candidate),
         sources=tuple(one.id for one in drawn),
     )
+
+
+def _shuffled(count: int, stream: random.Random) -> Iterator[int]:
+    """Yield 0 … count - 1 in random order, each drawn when it is asked for: Fisher and Yates's shuffle, of which few questions need more
+    than the beginning. What was not moved is not kept."""
+    moved = dict[int, int]()
+    for last in range(count - 1, -1, -1):
+        place = stream.randrange(last + 1)
+        yield moved.get(place, place)
+        moved[place] = moved.pop(last, last)
 
 
 def _continuation(document: Document) -> _Candidate | str:

@@ -48,7 +48,7 @@ class ServerSettings:
     server_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the server's key, where it asks for one."""
     request_timeout: float = 600.0
-    """Seconds that an answer may take."""
+    """Seconds that an answer may take, from the question to its last byte."""
     server_patience: float = 60.0
     """Seconds that a server which cannot be reached is waited for."""
 
@@ -62,7 +62,7 @@ class SynthesizeConfig:
     """
 
     input: tuple[str, ...]
-    """Files, folders or glob patterns of raw texts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
+    """Files, folders or glob patterns of raw texts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt."""
     output_dir: Path
     """Folder of the result."""
     model: Path

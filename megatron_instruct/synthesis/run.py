@@ -132,9 +132,11 @@ def _check_length(config: SynthesizeConfig) -> None:
     """Refuse more tokens than the model has positions, unless it stretches them, which vLLM knows better, or a server has the model."""
     file = config.model / "config.json"
     about = read_json(file) if config.engine != "server" and file.is_file() else {}
+    if not isinstance(about, dict):
+        raise InputError(f"{file} is not a JSON object; copy the model's folder again.")
     positions = about.get("max_position_embeddings")
-    rotary = [about.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    plain = {one.get("rope_type", one.get("type", "default")) for one in rotary} == {"default"}
+    rotary = [about.get(name) for name in ("rope_scaling", "rope_parameters")]
+    plain = all(one.get("rope_type", one.get("type", "default")) == "default" for one in rotary if isinstance(one, dict))
     if isinstance(positions, int) and plain and config.max_model_len > positions:
         raise ConfigError(
             f"max_model_len={config.max_model_len} is above the {positions} positions of the model (max_position_embeddings in {file}); "

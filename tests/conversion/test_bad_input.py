@@ -52,6 +52,13 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
         lambda config, _: config.update(tie_word_embeddings=True),
         r"tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight",
     ),
+    "tied, and of integers": (
+        lambda config, tensors: (
+            config.update(tie_word_embeddings=True),
+            tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}),
+        ),
+        r"lm_head.weight is stored as I8; supported: F32",
+    ),
     "unknown architecture": (
         lambda config, _: config.update(model_type="gpt2"),
         r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, mixtral",

@@ -2,6 +2,7 @@
 
 import cProfile
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.evaluation.config import MakeTaskConfig
-from megatron_instruct.evaluation.questions import CONTINUATION_CHARACTERS, MASK, Document, make_questions
+from megatron_instruct.evaluation.questions import CONTINUATION_CHARACTERS, MASK, Document, _shuffled, make_questions
 from megatron_instruct.evaluation.task import main, run
 
 
@@ -64,6 +65,22 @@ def test_only_the_questions_that_are_asked_are_made(documents: list[Document]) -
         few = make_questions(documents, style="continuation", choices=4, seed=1, max_questions=10)
     made = {entry.code.co_name: entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)}
     assert made["_question"] == len(few.asked) == 10 and few.left_over + len(few.rejected) + 10 == len(documents)
+
+
+def test_a_question_costs_the_same_among_many_documents(jargon: list[dict[str, str]]) -> None:
+    documents = [Document(id=row["id"], text=row["text"]) for row in jargon]
+    with cProfile.Profile() as profile:
+        made = make_questions(documents, style="continuation", choices=4, seed=1)
+    draws = sum(entry.callcount for entry in profile.getstats() if "getrandbits" in str(entry.code))
+    assert len(made.asked) > 1000 and draws < 100 * len(made.asked), "a few choices, and their order"
+
+
+def test_documents_are_drawn_equally_often_each_once() -> None:
+    first = Counter(next(_shuffled(5, random.Random(seed))) for seed in range(2000))
+    second = Counter(tuple(_shuffled(3, random.Random(seed))) for seed in range(2400))
+    assert sorted(first) == list(range(5)) and min(first.values()) > 320
+    assert len(second) == 6 and min(second.values()) > 320
+    assert sorted(_shuffled(50, random.Random(1))) == list(range(50))
 
 
 def test_a_language_without_blanks_works() -> None:

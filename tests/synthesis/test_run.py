@@ -260,6 +260,30 @@ def test_bad_settings_give_one_clear_message(
     assert not (bench.folder / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("- a", "Expected `object`, got `array`; it is YAML with completion, completions, failures, "),
+        ("completion: [1", "while parsing a flow sequence"),
+        ("failures: {t000: often}", "Expected `int`, got `str` - at `$.failures[...]`"),
+        ("completion: a\nanswers: b", "unknown field `answers`"),
+        ("faults: {seed: 1, kill: 0.5}", "`death` and `kill` need `memory`, a file"),
+    ],
+)
+def test_what_is_wrong_in_a_script_is_told(bench: Any, synthesize: Synthesize, script: str, message: str) -> None:
+    (bench.folder / "wrong.yaml").write_text(script)
+    status, printed = synthesize(bench.corpus(2), script=bench.folder / "wrong.yaml")
+    assert (status, "wrong.yaml: " in printed, message in printed) == (3, True, True), printed
+
+
+@pytest.mark.parametrize(("content", "status"), [("[]", 3), ('{"max_position_embeddings": 8192, "rope_scaling": "none"}', 0)])
+def test_a_config_of_another_shape_is_refused_or_left_to_the_engine(bench: Any, synthesize: Synthesize, content: str, status: int) -> None:
+    shutil.copytree(bench.model, model := bench.folder / "model")
+    (model / "config.json").write_text(content)
+    found, printed = synthesize(bench.corpus(2), model=model)
+    assert (found, "config.json is not a JSON object" in printed) == (status, status == 3), printed
+
+
 def test_more_tokens_than_the_model_has_positions_are_refused_unless_it_stretches_them(bench: Any, synthesize: Synthesize) -> None:
     shutil.copytree(bench.model, model := bench.folder / "model")
     (model / "config.json").write_text('{"max_position_embeddings": 2048}')

@@ -14,6 +14,8 @@ import pytest
 import tokenizers
 
 from megatron_instruct.manifest import read_manifest
+from megatron_instruct.synthesis.engines.engine import EngineSettings, Request
+from megatron_instruct.synthesis.engines.server import ServerEngine
 
 COMPLETION = "<QUE> What is entry {id}? <ANS> It is about a bug. </END>\n\n<QUE> Which bug is told of? <ANS> The bug number one. </END>"
 VLLMS = {"data": [{"id": "synthesizer", "max_model_len": 8192, "owned_by": "vllm"}]}
@@ -119,6 +121,17 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(1.0)
         self._well(name)
 
+    def _dripping(self, _: str) -> None:
+        """Never leave a read waiting for long, and never come to an end."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            self.wfile.write(b"1\r\n \r\n")
+            time.sleep(0.05)
+        self.close_connection = True
+
     def _gone(self, _: str) -> None:
         self.server.away_until = time.monotonic() + self.server.absence
         self.close_connection = True
@@ -152,6 +165,33 @@ def server(synthesizer_folder: Path) -> Iterator[Server]:
         thread.join()
 
 
+def engine_settings(server: Server) -> EngineSettings:
+    return EngineSettings(
+        model=Path("synthesizer"),
+        tokenizer=Path("synthesizer"),
+        max_model_len=8192,
+        temperature=0.0,
+        repetition_penalty=1.0,
+        seed=1,
+        dtype="auto",
+        structured=False,
+        in_flight=4,
+        tensor_parallel_size=1,
+        gpu_memory_utilization=None,
+        max_num_seqs=None,
+        kv_cache_gib=1.0,
+        threads=None,
+        enforce_eager=False,
+        server_url=server.url,
+        server_model=None,
+        server_prompt="ids",
+        server_key_variable="NO_KEY",
+        request_timeout=60.0,
+        server_patience=5.0,
+        script=None,
+    )
+
+
 def settings(server: Server, **more: Any) -> dict[str, Any]:
     return {"engine": "server", "server_url": server.url, "in_flight": 4, "server_patience": 1, **more}
 
@@ -173,6 +213,26 @@ def test_prompts_go_out_as_ids_and_completions_come_back(bench: Any, synthesize:
     assert "17% of prompt tokens cached" not in printed
     assert re.search(r"[1-9]\d?% of prompt tokens cached", printed)
     assert read_manifest(bench.folder / "out" / "manifest.json").counts["generated_tokens"] == 180
+
+
+def test_a_prompt_of_many_tokens_takes_little_work_to_send(server: Server) -> None:
+    engine = ServerEngine(engine_settings(server))
+    entry = server.tokenizer.encode("Entry t001", add_special_tokens=False).ids
+
+    def seconds(tokens: int) -> float:
+        """Processor time of thirty requests."""
+        before = time.process_time()
+        for number in range(30):
+            engine.submit(Request(id=str(number), prompt=tuple(entry * (tokens // len(entry))), max_new_tokens=8))
+        answered = 0
+        while answered < 30:
+            answered += len(engine.poll())
+        return time.process_time() - before
+
+    seconds(100)
+    short, long = seconds(100), seconds(8000)
+    engine.close()
+    assert long < short + 1.5, "openai's own way of asking takes 6 seconds for so many tokens"
 
 
 def test_what_fails_is_asked_again_and_only_what_fails_for_good_is_set_aside(bench: Any, synthesize: Synthesize, server: Server) -> None:
@@ -199,6 +259,17 @@ def test_what_fails_is_asked_again_and_only_what_fails_for_good_is_set_aside(ben
     assert "this prompt is not liked" in failed["t002"]
     assert pairs(bench) == {f"t{n:03d}": 0 if f"t{n:03d}" in failed else 2 for n in range(10)}
     assert "request failed 4" in printed
+
+
+def test_an_answer_that_drips_in_is_ended_by_the_timeout(bench: Any, synthesize: Synthesize, server: Server) -> None:
+    server.behaviour = {"t001": ["dripping"], "t002": ["dripping"] * 2}
+    started = time.monotonic()
+    status, printed = synthesize(bench.corpus(4), rounds=1, retries=1, request_timeout=0.6, **settings(server))
+    assert status == 0, printed
+    assert time.monotonic() - started < 15
+    assert pairs(bench) == {f"t{n:03d}": 0 if n == 2 else 2 for n in range(4)}
+    (failed,) = (row for row in bench.lines("out/rejects.jsonl") if row["reason"] == "request failed")
+    assert failed["detail"] == "no answer within request_timeout=0.6 seconds"
 
 
 def test_no_answer_ends_the_thread_that_asked(bench: Any, synthesize: Synthesize, server: Server) -> None:
@@ -234,8 +305,8 @@ def test_a_mistake_of_ours_ends_the_run(bench: Any, synthesize: Synthesize, serv
 
 
 def test_a_server_that_goes_away_is_waited_for(bench: Any, synthesize: Synthesize, server: Server) -> None:
-    server.behaviour = {"t002": ["gone"]}
-    status, printed = synthesize(bench.corpus(6), rounds=2, **settings(server))
+    server.behaviour, server.absence = {"t002": ["gone"]}, 2.0
+    status, printed = synthesize(bench.corpus(6), rounds=2, **settings(server, server_patience=30))
     assert status == 0, printed
     assert "is started again (1 of 2)" in printed
     assert pairs(bench) == {f"t{n:03d}": 2 for n in range(6)}
