@@ -89,7 +89,7 @@ def test_the_launcher_restarts_what_a_restart_can_mend_and_hands_on_the_status(t
         "open(f'{sys.argv[2]}-{os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}', 'w').close()\n"
         "os.kill(os.getpid(), 9) if sys.argv[1] == 'kill' else sys.exit(int(sys.argv[1]))\n"
     )
-    for how, status, tries in (("75", 75, 1), ("6", 6, 1), ("kill", 137, 2)):
+    for how, status, tries in (("75", 75, 1), ("6", 6, 1), ("1", 1, 1), ("7", 7, 2), ("kill", 137, 2)):
         mark = tmp_path / f"try-{how}"
         flags = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "1", "--monitor-interval", "0.1"]
         words = [sys.executable, str(LAUNCH), *flags, str(script), how, str(mark)]
