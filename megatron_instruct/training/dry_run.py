@@ -25,15 +25,15 @@ def describe(config: PretrainConfig) -> str:
     check_blends(config)
     architecture, origin = _architecture(config)
     check_model_settings(config, architecture)
+    layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
+    plan = plan_batches(config, layout)
     if config.model.transformer_config:
         from megatron_instruct.platform import noise
 
         noise.silence()
-        from megatron_instruct.models.build import check_fields  # torch and megatron-core take seconds to import
+        from megatron_instruct.training.machine_checks import check_transformer_config  # torch and megatron-core take seconds to import
 
-        check_fields(config.model.extra_settings)
-    layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
-    plan = plan_batches(config, layout)
+        check_transformer_config(config, architecture, layout)
     lines = [
         *_model_lines(architecture, origin, seq_length=config.batch.seq_length),
         *_batch_lines(config, plan),

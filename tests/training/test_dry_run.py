@@ -57,12 +57,26 @@ def described(folder: Path, *more: object) -> str:
         (("--transformer-config", "hiden_dropout", 0.1), "megatron-core has no field 'hiden_dropout'; did you mean 'hidden_dropout'"),
         (("--transformer-config", "hidden_dropout", "1e-3"), r"hidden_dropout='1e-3' must be a number, such as 0.1 or 1\.0e-3"),
         (("--transformer-config", "moe_grouped_gemm", "3"), "moe_grouped_gemm=3 must be true or false"),
+        (("--transformer-config", "num_moe_experts", "3"), "'num_moe_experts' is decided by the model and layout settings"),
+        (("--transformer-config", "fp8_param", "true"), "megatron-core does not take these settings: fp8_param must be used together with"),
     ],
 )
 def test_what_cannot_be_is_refused(more: tuple[object, ...], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         described(tmp_path, *more)
     assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("moe_expert_capacity_factor", "0.6", "--preset", "tiny-experts", "--sequence-parallel", "--tensor-model-parallel-size", 2),
+        ("defer_embedding_wgrad_compute", "true", "--pipeline-model-parallel-size", 2),
+        ("hidden_dropout", "0.1", *FP8, "--gpu", "h100", "--fp8-recipe", "tensorwise"),
+    ],
+)
+def test_what_a_cpu_or_a_missing_package_alone_forbids_is_left_to_the_gpu(more: tuple[object, ...], tmp_path: Path) -> None:
+    assert "Estimate on h100" in described(tmp_path, "--world-size", 2, "--transformer-config", *more)
 
 
 def test_emulated_fp8_needs_no_fp8_units(tmp_path: Path) -> None:
