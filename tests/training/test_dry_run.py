@@ -83,6 +83,23 @@ def test_emulated_fp8_needs_no_fp8_units(tmp_path: Path) -> None:
     assert "Estimate on a100-80" in described(tmp_path, *FP8, "--fp8-emulation", "--gpu", "a100-80")
 
 
+def test_what_is_sharded_is_counted_in_shards_and_whole_a_layer_at_a_time(tmp_path: Path) -> None:
+    def parts(*more: object) -> dict[str, float]:
+        told = described(tmp_path, "--preset", "8B", "--seq-length", 2048, "--bf16", "--world-size", 8, *more)
+        (line,) = re.findall(r"GiB: .* = (.*) \(usable", told)
+        return {name: float(number) for name, number in re.findall(r"([a-z ]+) ([\d.]+)(?: \+ |$)", line)}
+
+    strategy = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy")
+    whole, sharded = parts("--use-distributed-optimizer"), parts("--use-megatron-fsdp")
+    for name in ("weights", "gradients"):
+        assert sharded[name] == pytest.approx(whole[name] / 8, abs=0.1)
+    assert 0 < sharded["gathered"] < 0.15 * (whole["weights"] + whole["gradients"])
+    assert parts(*strategy, "optim") == whole
+    assert parts(*strategy, "optim_grads")["weights"] == whole["weights"]
+    assert parts(*strategy, "no_shard")["optimizer"] == pytest.approx(8 * whole["optimizer"], abs=0.5)
+    assert "gathered" not in parts("--use-megatron-fsdp", "--world-size", 1)
+
+
 def test_muon_s_memory_is_said_to_be_estimated_from_above(tmp_path: Path) -> None:
     assert "the estimate counts AdamW's two" in described(tmp_path, "--optimizer", "muon")
     assert "Muon" not in described(tmp_path)
