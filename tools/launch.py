@@ -17,6 +17,7 @@ from torch.distributed.launcher import api
 from megatron_instruct.errors import LostProcessError
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON
 
+
 class Agent(LocalElasticAgent):
     """Starts again only what ended by a signal or lost another process; torch 2.13 does so after any failure. See docs/operations.md."""
 

@@ -14,7 +14,7 @@ class FaultOptions:
     exit_signal_handler: bool = True
     """On SIGTERM or SIGUSR1 finish the step, save and exit with status 75."""
     exit_duration_in_mins: float | None = None
-    """Save and exit with status 75 after the first step that ends so long after the start (minutes)."""
+    """Save and exit with status 75 after the first step that ends so long after the process began (minutes)."""
     exit_interval: int | None = None
     """Save and exit with status 75 after each step that is a multiple of this."""
     loss_spike_factor: float | None = None
