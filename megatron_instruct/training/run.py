@@ -236,6 +236,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         )
         for prefix in sources.without_roles if config.data.role_weights else ():
             print(f"{prefix} has no roles: all its tokens count 1.", flush=True)
+        if sources.untested:
+            print(f"no test after the last step: {sources.untested}", flush=True)
     with Metrics(
         config.checkpoint.save,
         size,
@@ -246,12 +248,12 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         settings=flat(config),
     ) as metrics:
         try:
-            loop(parts, metrics)
+            test = loop(parts, metrics)
         except StoppedEarly:
             _leave(own_group)
             raise
     if first:
-        facts = {"iteration": plan.train_iters}
+        facts = {"iteration": plan.train_iters, **test}
         write_manifest(config.checkpoint.save / "manifest.json", Manifest(stage="pretrain", settings=identity, facts=facts))
         print(f"done: {config.checkpoint.save}", flush=True)
     _leave(own_group)
