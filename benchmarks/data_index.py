@@ -123,7 +123,7 @@ def from_here(folder: Path, steps: int) -> float:
     assert config is not None, "nothing asks for --print-config"
     plan = BatchPlan(global_batch_size=BATCH, micro_batch_size=1, data_parallel=1, train_iters=steps)
     start = time.perf_counter()
-    train, _ = build_datasets(config, sources_of(config, tokenizer), plan)
+    train = build_datasets(config, sources_of(config, tokenizer), plan).train
     seconds = time.perf_counter() - start
     assert len(train) >= steps * BATCH, "the data suffice"
     return seconds

@@ -14,19 +14,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
-from megatron_instruct.errors import LostProcessError, MegatronInstructError
+from megatron_instruct.errors import LostProcessError
 from megatron_instruct.training.stopping import EXIT_TO_GO_ON
-
-FINAL = {kind.exit_status for kind in MegatronInstructError.__subclasses__() if kind is not LostProcessError} | {EXIT_TO_GO_ON}
-"""Exit statuses after which another try in the same job ends alike, or is not wanted; see docs/operations.md."""
 
 
 class Agent(LocalElasticAgent):
-    """torch 2.13 restarts after any failure, up to --max-restarts."""
+    """Starts again only what ended by a signal or lost another process; torch 2.13 does so after any failure. See docs/operations.md."""
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode in FINAL for failure in result.failures.values()):
+        if any(failure.exitcode >= 0 and failure.exitcode != LostProcessError.exit_status for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 

@@ -20,6 +20,10 @@ class Execution:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     distributed_optimizer: bool = True
+    shards_gradients: bool = False
+    """Over the replicas, as Megatron-FSDP does: each microbatch reduces them."""
+    shards_weights: bool = False
+    """Over the replicas, as Megatron-FSDP does: each pass gathers them, a layer at a time."""
     overlap: bool = True
     """Gradients are reduced and parameters gathered while computing."""
     vocab_divisor: int = 128

@@ -26,10 +26,12 @@ class Memory:
     activations: float
     fp8_copies: float
     logits: float
+    gathered: float = 0.0
+    """Of weights and gradients that are in shards, what is whole at a time."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.fp8_copies + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.fp8_copies + self.logits + self.gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +83,28 @@ def memory_of_stage(shape: Shape, execution: Execution, stage: int) -> Memory:
         optimizer = state * (held.shared / replicas + held.experts / execution.layout.data_of_experts)
     else:
         optimizer = float(state) * held.total
+    sharded = held.shared / replicas + held.experts / execution.layout.data_of_experts
+    number = 2 if mixed else 4
+    whole = _whole_at_a_time(shape, execution, held, stage) if replicas > 1 else 0.0
     is_last = stage == execution.layout.pipeline - 1
     logits = _LOGIT_BYTES * execution.tokens * padded_vocab(shape, execution) / execution.layout.tensor if is_last else 0.0
     return Memory(
-        weights=(2 if mixed else 4) * held.total,
-        gradients=4 * held.total,
+        weights=number * (sharded if execution.shards_weights else held.total),
+        gradients=4 * (sharded if execution.shards_gradients else held.total),
         optimizer=optimizer,
         activations=_activations(shape, execution, stage),
         # a copy in 8 bits of each matrix and one of its transpose, for as long as a step lasts
         fp8_copies=2 * held.products if execution.precision == "fp8" else 0.0,
         logits=logits,
+        gathered=whole * (number * execution.shards_weights + 4 * execution.shards_gradients),
     )
+
+
+def _whole_at_a_time(shape: Shape, execution: Execution, held: RankParameters, stage: int) -> float:
+    """Return the parameters that Megatron-FSDP has whole beside the shards: the layer of now, the next, and what is no layer."""
+    layers = execution.layers_of_stage(shape.layers, stage)
+    inside = layers * shape.replicated_weights + held.products
+    return held.total - inside + inside * min(2, layers) / layers
 
 
 def fullest_stage(shape: Shape, execution: Execution) -> Memory:

@@ -20,7 +20,7 @@ TIMES = (
     "optimizer",
 )
 """Parts of a step, as StepTime names them."""
-MEMORY = ("weights", "gradients", "optimizer", "activations", "fp8_copies", "logits")
+MEMORY = ("weights", "gradients", "optimizer", "activations", "fp8_copies", "logits", "gathered")
 """Parts of the memory, as Memory names them."""
 
 

@@ -244,20 +244,32 @@ def _expert_volume(shape: Shape, execution: Execution, number: int) -> float:
 
 
 def _data_volumes(execution: Execution, held: RankParameters) -> tuple[float, float]:
-    """Return the bytes that a rank sends to reduce fp32 gradients, and to gather parameters."""
+    """Return the bytes that a rank sends in a step to reduce fp32 gradients, and to gather parameters."""
     replicas = execution.layout.data * execution.layout.context
     of_experts = execution.layout.data_of_experts
     part = held.shared * (replicas - 1) / replicas + held.experts * (of_experts - 1) / of_experts
     number = 4 if execution.precision == "fp32" else 2
-    return (4.0 * part, number * part) if execution.distributed_optimizer else (8.0 * part, 0.0)
+    if not execution.distributed_optimizer:
+        return 8.0 * part, 0.0
+    reductions, gatherings = _reductions(execution), 2 * execution.num_microbatches if execution.shards_weights else 1
+    return 4.0 * part * reductions, number * part * gatherings
+
+
+def _reductions(execution: Execution) -> int:
+    """Return how often a step reduces gradients; those in shards are not added up before."""
+    return execution.num_microbatches if execution.shards_gradients else 1
 
 
 def _data_communication(execution: Execution, held: RankParameters, rates: _Rates, forward: float, backward: float) -> float:
-    """Return the seconds that reduction and gathering stick out of the last backward and the first forward pass of a step."""
+    """Return the seconds that reduction and gathering stick out of the passes behind which they are hidden.
+
+    These are the last backward and the first forward pass of a step; of all passes, where gradients and weights are in shards.
+    """
     reduced, gathered = (volume / rates.data for volume in _data_volumes(execution, held))
     if not execution.overlap:
         return reduced + gathered
-    return max(0.0, reduced - backward) + max(0.0, gathered - forward)
+    beside = execution.num_microbatches * (forward + backward) if execution.shards_weights else forward
+    return max(0.0, reduced - _reductions(execution) * backward) + max(0.0, gathered - beside)
 
 
 def _optimizer(execution: Execution, held: RankParameters, rates: _Rates) -> float:

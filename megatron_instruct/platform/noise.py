@@ -22,6 +22,7 @@ _WARNINGS = (
 _LOGGERS = (
     "torch.utils.cpp_extension",  # "No CUDA runtime is found", though nothing is compiled
     "megatron.core.dist_checkpointing.strategies.torch",  # "async save is deprecated" from its own synchronous save (0.19.2)
+    "megatron.core.distributed.distributed_data_parallel",  # that it lays out the distributed optimizer's buffers itself, as meant (0.19.2)
 )
 
 _SAID_BY_US = ("megatron.core.dist_checkpointing.strategies.filesystem_async",)

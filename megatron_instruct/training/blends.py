@@ -63,17 +63,17 @@ def blend(
     *,
     starts: Sequence[int],
     size: int,
-    validates: bool,
+    part: Split,
     split: str | None,
 ) -> Any:
     """Return at least `size` samples of a blend; without weights, in proportion to the tokens.
 
-    starts: the first sample of each data set that is free. validates: samples are for validation; those for training are of strict epochs.
+    starts: the first sample of each data set that is free. part: what the samples are for; those for training are of strict epochs.
     split: None where data sets are taken whole.
     """
-    kind = RoleWeightedDataset if validates else StrictEpochDataset
+    kind = StrictEpochDataset if part is Split.train else RoleWeightedDataset
     prefixes, weights = of
-    share = (0.0, 1.0) if split is None else shares_of(split)[int(validates)]
+    share = (0.0, 1.0) if split is None else shares_of(split)[part.value]
     weights = weights or [float(index.tokens(share)) for index in indices]
     total, parts = math.fsum(weights), []
     for prefix, index, start, weight in zip(prefixes, indices, starts, weights, strict=True):
@@ -86,7 +86,7 @@ def blend(
                     prefix,
                     np.arange(*bounds, dtype=np.int32),
                     needed,
-                    Split.valid if validates else Split.train,
+                    part,
                     settings,
                 ),
                 start,

@@ -9,11 +9,13 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.utils import Split
 
 from megatron_instruct.errors import InputError
 from megatron_instruct.files import distinct_endings
@@ -30,12 +32,32 @@ from megatron_instruct.training.sources import Blend, DataSources, index_root
 _COLUMNS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> tuple[Any, Any]:
-    """Return the training and the validation data set (None where there is none), over sample numbers 0, 1, 2, ...
+@dataclass(frozen=True)
+class HeldOut:
+    """What the model is evaluated on."""
+
+    dataset: Any
+    """Over sample numbers."""
+    components: tuple[str, ...]
+    """The data sets that samples are numbered by, in the shortest names that differ; none where they come from one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSets:
+    """The data of a run, over sample numbers 0, 1, 2, ..."""
+
+    train: Any
+    valid: HeldOut | None
+    test: HeldOut | None
+
+
+def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan) -> DataSets:
+    """Return what the model learns from and is evaluated on.
 
     Every process calls it; one process a file system builds the indices. Raises InputError where a share is empty.
     """
-    train, valid = _datasets(config, sources, IndexCache(index_root(config)))
+    cache = IndexCache(index_root(config))
+    train, valid = _datasets(config, sources, cache)
     if train is None:
         raise InputError(f"the training share of the data is empty (split={sources.split!r}); give more data or another split.")
     if _validation_size(config) and valid is None:
@@ -43,7 +65,11 @@ def build_datasets(config: PretrainConfig, sources: DataSources, plan: BatchPlan
             f"eval_interval={config.checkpoint.eval_interval} asks for validation, and there is no data for it "
             f"(split={sources.split!r}); give valid_data_path, another split, or drop eval_interval."
         )
-    return train, valid if _validation_size(config) else None
+    return DataSets(
+        train=train,
+        valid=HeldOut(valid, _names(sources.valid or sources.train)) if _validation_size(config) else None,
+        test=None if sources.test is None else HeldOut(_test_set(config, sources, sources.test, cache), _names(sources.test)),
+    )
 
 
 def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
@@ -54,13 +80,9 @@ def training_samples(config: PretrainConfig, sources: DataSources) -> Any:
     return _datasets(config, sources, IndexCache(index_root(config)))[0]
 
 
-def component_names(config: PretrainConfig, sources: DataSources) -> tuple[str, ...]:
-    """Return the data sets that validation samples are numbered by, in the shortest names that differ; none where they come from one."""
-    prefixes, _ = sources.valid or sources.train
-    if len(prefixes) == 1 or not _validation_size(config):
-        return ()
-    paths = [Path(prefix) for prefix in prefixes]
-    return tuple(distinct_endings(paths) or [f"{number} {path.name}" for number, path in enumerate(paths)])
+def _names(blend: Blend) -> tuple[str, ...]:
+    paths = [Path(prefix) for prefix in blend[0]]
+    return tuple(distinct_endings(paths) or [f"{number} {path.name}" for number, path in enumerate(paths)]) if len(paths) > 1 else ()
 
 
 def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -> tuple[Any, Any]:
@@ -68,7 +90,7 @@ def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -
     if not config.data.whole_epochs:
         sizes = [batch.train_iters * batch.global_batch_size, validation, 0]
         name = _name(config, sources.train, sources.valid, sources.split, sources.fingerprint, sizes)
-        train, valid = cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))
+        train, valid, _ = cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))
         return train, valid
     used: dict[str, int] = {}
     parts: list[tuple[int, Any]] = []
@@ -76,15 +98,25 @@ def _datasets(config: PretrainConfig, sources: DataSources, cache: IndexCache) -
     for of_phase, start, end, fingerprint in plan or [(sources.train, 0, batch.train_iters, sources.fingerprint)]:
         first = batch.samples_before(start)
         length = batch.samples_before(end) - first
-        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, validates=False)
+        part = _own_blend(config, sources, cache, of_phase, fingerprint, size=length, used=used, part=Split.train)
         parts.append((first, part))
         drawn = counts(part, of_phase[0], length)
         used = {**used, **{prefix: used.get(prefix, 0) + count for prefix, count in drawn.items()}}
     of_validation = sources.valid or (None if sources.phases else sources.train)
     if not validation or of_validation is None:
         return Phases(parts), None
-    valid = _own_blend(config, sources, cache, of_validation, sources.fingerprint, size=validation, used={}, validates=True)
+    valid = _own_blend(config, sources, cache, of_validation, sources.fingerprint, size=validation, used={}, part=Split.valid)
     return Phases(parts), valid
+
+
+def _test_set(config: PretrainConfig, sources: DataSources, of: Blend, cache: IndexCache) -> Any:
+    """Has indices of its own, so that those of the others do not depend on whether there is a test."""
+    size, fingerprint = config.checkpoint.eval_iters * config.batch.global_batch_size, sources.test_fingerprint or sources.fingerprint
+    if config.data.whole_epochs:
+        return _own_blend(config, sources, cache, of, fingerprint, size=size, used={}, part=Split.test)
+    sizes = [0, 0, size]
+    name = _name(config, of, sources.split if config.data.is_divided else None, fingerprint, sizes)
+    return cache.load(name, lambda folder: _as_megatron(config, sources, folder, sizes))[Split.test.value]
 
 
 def _own_blend(
@@ -96,12 +128,13 @@ def _own_blend(
     *,
     size: int,
     used: dict[str, int],
-    validates: bool,
+    part: Split,
 ) -> Any:
     """Return `size` samples of a blend. used: samples of each data set that earlier phases took."""
     split = sources.split if config.data.is_divided else None
     starts = [used.get(prefix, 0) for prefix in of[0]]
-    name = _name(config, of, split, fingerprint, starts, size, None if validates else StrictEpochDataset.__name__)
+    kind = {Split.train: StrictEpochDataset.__name__, Split.valid: None, Split.test: "test"}[part]
+    name = _name(config, of, split, fingerprint, starts, size, kind)
     return cache.load(
         name,
         lambda folder: blend(
@@ -110,7 +143,7 @@ def _own_blend(
             [sources.indices[prefix] for prefix in of[0]],
             starts=starts,
             size=size,
-            validates=validates,
+            part=part,
             split=split,
         ),
     )
@@ -131,19 +164,21 @@ def _validation_size(config: PretrainConfig) -> int:
     return config.checkpoint.eval_iters * config.batch.global_batch_size if config.checkpoint.eval_interval else 0
 
 
-def _as_megatron(config: PretrainConfig, sources: DataSources, folder: Path, sizes: list[int]) -> tuple[Any, Any]:
+def _as_megatron(config: PretrainConfig, sources: DataSources, folder: Path, sizes: list[int]) -> Any:
+    """Return what megatron-core makes of the data for training, validation and test, None where no sample is asked for."""
     settings = _settings(config, sources, folder)
     if settings.split_matrix is not None:  # megatron-core builds every share, and never ends where a data set has no token in one
         settings.split_matrix = [share if size else None for share, size in zip(settings.split_matrix, sizes, strict=True)]
-    train, valid, _ = BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
-    return train, valid
+    else:
+        settings.blend_per_split = [blend if size else None for blend, size in zip(settings.blend_per_split, sizes, strict=True)]
+    return BlendedMegatronDatasetBuilder(RoleWeightedDataset, sizes, lambda: True, settings).build()
 
 
 def _settings(config: PretrainConfig, sources: DataSources, folder: Path) -> RoleWeightedConfig:
     by_split = (
         {"blend": sources.train, "split": sources.split}
         if config.data.is_divided
-        else {"blend_per_split": [sources.train, sources.valid, None]}
+        else {"blend_per_split": [sources.train, sources.valid, sources.test]}
     )
     return RoleWeightedConfig(
         random_seed=config.batch.seed,

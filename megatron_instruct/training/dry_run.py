@@ -25,15 +25,15 @@ def describe(config: PretrainConfig) -> str:
     check_blends(config)
     architecture, origin = _architecture(config)
     check_model_settings(config, architecture)
+    layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
+    plan = plan_batches(config, layout)
     if config.model.transformer_config:
         from megatron_instruct.platform import noise
 
         noise.silence()
-        from megatron_instruct.models.build import check_fields  # torch and megatron-core take seconds to import
+        from megatron_instruct.training.machine_checks import check_transformer_config  # torch and megatron-core take seconds to import
 
-        check_fields(config.model.extra_settings)
-    layout = plan_layout(config.parallel, architecture, processes=config.dry.world_size)
-    plan = plan_batches(config, layout)
+        check_transformer_config(config, architecture, layout)
     lines = [
         *_model_lines(architecture, origin, seq_length=config.batch.seq_length),
         *_batch_lines(config, plan),
@@ -122,14 +122,13 @@ def _estimate_lines(config: PretrainConfig, architecture: Architecture, layout: 
         precision=precision,
         recompute=config.parallel.recompute_granularity,
         distributed_optimizer=config.parallel.shards_optimizer,
-        overlap=config.parallel.overlap_grad_reduce,
+        shards_gradients=config.parallel.shards_gradients,
+        shards_weights=config.parallel.shards_weights,
+        overlap=config.parallel.overlap_grad_reduce or config.parallel.shards_gradients,
         vocab_divisor=config.model.make_vocab_size_divisible_by,
     )
     estimate = Estimate(shape_of(architecture), execution, gpu, load_constants())
     tokens = config.batch.samples_before(config.batch.train_iters) * config.batch.seq_length
     missing = [] if estimate.fits else [f"It does not fit: {estimate.missing_bytes / GIB:,.1f} GiB are missing on the fullest GPU."]
     muon = ["Muon keeps one moment of the matrices inside layers; the estimate counts AdamW's two."] if config.optimizer.is_muon else []
-    sharded = (
-        ["Megatron-FSDP may shard more: the estimate counts whole weights and gradients."] if config.parallel.use_megatron_fsdp else []
-    )
-    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *muon, *sharded, *missing]
+    return [f"Estimate on {gpu.kind} (gpu names another kind): {sentence(estimate, tokens)}", *parts(estimate), *muon, *missing]

@@ -68,6 +68,13 @@ def check_fp8(
     """
     if options.fp8_format is None:
         return
+    left_out = options.num_layers_at_start_in_bf16 + options.num_layers_at_end_in_bf16
+    if options.first_last_layers_bf16 and left_out >= architecture.num_layers:
+        raise ConfigError(
+            f"num_layers_at_start_in_bf16={options.num_layers_at_start_in_bf16} and num_layers_at_end_in_bf16="
+            f"{options.num_layers_at_end_in_bf16} leave none of num_layers={architecture.num_layers} in 8 bits; lower them, or drop "
+            "fp8_format."
+        )
     check_fp8_sizes(options.fp8_recipe, architecture, layout, tokens=tokens)
     if options.fp8_emulation:
         return

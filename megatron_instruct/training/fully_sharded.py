@@ -29,14 +29,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def wrap_fully_sharded(modules: Sequence[torch.nn.Module], options: ParallelOptions) -> list[FullyShardedDataParallel]:
     """Shard a rank's model chunks over its data-parallel ranks, context parallel ones among them."""
-    strategy, device = options.sharding_strategy, next(modules[0].parameters()).device
-    shards_gradients = strategy in ("optim_grads", "optim_grads_params")
+    device = next(modules[0].parameters()).device
     ddp_config = DistributedDataParallelConfig(
         use_megatron_fsdp=True,
-        data_parallel_sharding_strategy=strategy,
+        data_parallel_sharding_strategy=options.sharding_strategy,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=options.overlap_grad_reduce or shards_gradients,
-        overlap_param_gather=options.overlap_param_gather or strategy == "optim_grads_params",
+        overlap_grad_reduce=options.overlap_grad_reduce or options.shards_gradients,
+        overlap_param_gather=options.overlap_param_gather or options.shards_weights,
         grad_reduce_in_fp32=True,
         fsdp_all_gather_in_start_param_sync=device.type == "cuda",  # gloo warns of what the last step begins to gather
         megatron_fsdp_main_params_dtype=torch.float32,

@@ -71,7 +71,7 @@ def shares_of(split: str) -> list[tuple[float, float]]:
 
 
 def check_share(index: IndexFile, split: str | None, *, part: int) -> int:
-    """Return the tokens of a data set's share: 0 training, 1 validation. split: None where the data set is taken whole.
+    """Return the tokens of a data set's share: 0 training, 1 validation, 2 test. split: None where the data set is taken whole.
 
     Raises InputError where it has no token: megatron-core would look for its end forever.
     """

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core import parallel_state
 
@@ -21,7 +21,7 @@ from megatron_instruct.training.bad_steps import Steps, Trained
 from megatron_instruct.training.checkpoint import Checkpoints, resume
 from megatron_instruct.training.checkpoint_choice import newest_whole
 from megatron_instruct.training.config import PretrainConfig
-from megatron_instruct.training.data import batches, build_datasets, component_names
+from megatron_instruct.training.data import DataSets, HeldOut, batches, build_datasets
 from megatron_instruct.training.documents import Batch
 from megatron_instruct.training.expert_losses import mean_expert_losses
 from megatron_instruct.training.ledger import Ledger
@@ -52,13 +52,10 @@ class Run:
     """The same, wrapped for mixed precision and data parallelism, as the schedules see them."""
     optimizer: Any
     scheduler: Any
-    train_set: Any
-    valid_set: Any
+    data: DataSets
     machine: Machine
     document_end: int
     """Id of the end-of-document token."""
-    components: tuple[str, ...]
-    """Names of the data sets that validation tells apart; none where it is from one."""
     prompts: Prompts | None
     """What the model goes on with at intervals."""
     tokenizer: Tokenizer
@@ -88,7 +85,6 @@ def build_run(
         resume(start.path, models, optimizer, iteration=start.iteration, machine=machine)
     scheduler = make_scheduler(optimizer, config.batch)
     scheduler.step(increment=start.iteration * plan.global_batch_size)
-    train_set, valid_set = build_datasets(config, sources, plan)
     return Run(
         config=config,
         plan=plan,
@@ -99,11 +95,9 @@ def build_run(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_set=train_set,
-        valid_set=valid_set,
+        data=build_datasets(config, sources, plan),
         machine=machine,
         document_end=sources.vocabulary.eod,
-        components=component_names(config, sources),
         prompts=_prompts(config, start),
         tokenizer=start.tokenizer,
     )
@@ -114,20 +108,22 @@ def _prompts(config: PretrainConfig, start: Start) -> Prompts | None:
     return None if path is None else read_prompts(path, start.tokenizer, new_tokens=config.watch.sample_tokens, positions=positions)
 
 
-def loop(run: Run, metrics: Metrics) -> None:
-    """Run every step from start_iteration to train_iters."""
+def loop(run: Run, metrics: Metrics) -> dict[str, Any]:
+    """Run every step from start_iteration to train_iters, then the test; return its figures."""
     checkpoints = Checkpoints(run.config.checkpoint, run.models, run.optimizer, architecture=run.architecture, identity=run.identity)
     with checkpoints, ExitRequests(run.config.faults) as requests:
         _steps(run, metrics, checkpoints, requests)
+    return {} if run.data.test is None else _evaluate(run, metrics, run.data.test, run.plan.train_iters, "test")
 
 
 def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitRequests) -> None:
     options, plan = run.config.checkpoint, run.plan
-    data = [Replayable(stream) for stream in _data(run, run.train_set, plan, run.start_iteration, plan.train_iters - run.start_iteration)]
+    data = [Replayable(stream) for stream in _data(run, run.data.train, plan, run.start_iteration, plan.train_iters - run.start_iteration)]
     ledger = Ledger(options.save, run.identity)
     steps = _guarded_steps(run, ledger, checkpoints)
-    if run.valid_set is not None and run.start_iteration == 0:
-        _validate(run, metrics, 0)
+    valid = run.data.valid
+    if valid is not None and run.start_iteration == 0:
+        _evaluate(run, metrics, valid, 0, "validation")
     if run.start_iteration == 0:
         _sample(run, metrics, 0)
     metrics.restart_clock(run.start_iteration)
@@ -164,8 +160,8 @@ def _steps(run: Run, metrics: Metrics, checkpoints: Checkpoints, requests: ExitR
             metrics.training(iteration, loss=mean, lr=lr, grad_norm=grad_norm, faults=faults, more=more)
             losses.clear()
             microbatches = 0
-        if run.valid_set is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
-            _validate(run, metrics, iteration)
+        if valid is not None and options.eval_interval and (last or iteration % options.eval_interval == 0):
+            _evaluate(run, metrics, valid, iteration, "validation")
         if last or (run.config.watch.sample_interval and iteration % run.config.watch.sample_interval == 0):
             _sample(run, metrics, iteration)
         if saves:
@@ -184,7 +180,7 @@ def _guarded_steps(run: Run, ledger: Ledger, checkpoints: Checkpoints) -> Steps:
         models=run.models,
         chunks=run.chunks,
         optimizer=run.optimizer,
-        train_set=run.train_set,
+        train_set=run.data.train,
         plan=run.plan,
         save=run.config.checkpoint.save,
         device=run.machine.device,
@@ -208,14 +204,15 @@ def _load_newest(run: Run) -> int | None:
     return iteration
 
 
-def _validate(run: Run, metrics: Metrics, iteration: int) -> None:
-    """Record the mean loss over the first eval_iters global batches of the validation data, and of each data set in them."""
+def _evaluate(run: Run, metrics: Metrics, of: HeldOut, iteration: int, kind: Literal["validation", "test"]) -> dict[str, Any]:
+    """Record and return the mean loss over the first eval_iters global batches of the data, and of each data set in them."""
     iterations = run.config.checkpoint.eval_iters
-    shape = dataclasses.replace(_shape(run, run.plan.num_microbatches * iterations), components=len(run.components))
-    whole = dataclasses.replace(run.plan, ramp=None)  # validation does not grow with the batch
-    result = validate(run.chunks, _data(run, run.valid_set, whole, 0, iterations), shape)
-    metrics.validation(iteration, result.loss, {run.components[number]: loss for number, loss in result.by_component.items()})
+    shape = dataclasses.replace(_shape(run, run.plan.num_microbatches * iterations), components=len(of.components))
+    whole = dataclasses.replace(run.plan, ramp=None)  # an evaluation does not grow with the batch
+    result = validate(run.chunks, _data(run, of.dataset, whole, 0, iterations), shape)
+    figures = metrics.evaluation(kind, iteration, result.loss, {of.components[part]: loss for part, loss in result.by_component.items()})
     metrics.restart_clock(iteration)
+    return figures
 
 
 def _sample(run: Run, metrics: Metrics, iteration: int) -> None:

@@ -1,7 +1,10 @@
 """What the model is built with, and whether this machine and megatron-core can: said before processes meet and a GPU is taken."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
+
+import torch
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.architecture import Architecture
@@ -44,7 +47,19 @@ def check_machine(config: PretrainConfig, architecture: Architecture, layout: Pa
         )
     tokens = layout.tokens_of_rank(config.batch.micro_batch_size, config.batch.seq_length)
     check_fp8(config.fp8, architecture, layout, tokens=tokens, capability=compute_capability(machine))
+    _check_transformer_config(architecture, layout, machine, build_options(config))
+
+
+def check_transformer_config(config: PretrainConfig, architecture: Architecture, layout: ParallelLayout) -> None:
+    """Raise ConfigError for settings that megatron-core refuses on any GPU. Needs none, nor the kernels that are installed beside it."""
+    options = build_options(config)
+    kernels = {"apply_rope_fusion": False, "gradient_accumulation_fusion": options.fuse_weight_gradients}
+    options = dataclasses.replace(options, transformer_config={**kernels, **(options.transformer_config or {})})
+    _check_transformer_config(architecture, layout, Machine(kind="cuda", backend="nccl", device=torch.device("cuda")), options)
+
+
+def _check_transformer_config(architecture: Architecture, layout: ParallelLayout, machine: Machine, options: BuildOptions) -> None:
     try:
-        make_transformer_config(architecture, layout, machine, build_options(config))
+        make_transformer_config(architecture, layout, machine, options)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core does not take these settings: {str(error).strip() or type(error).__name__}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from megatron_instruct.errors import MissingPackageError
 from megatron_instruct.files import append, atomic_write, read_lines, synced
@@ -139,13 +139,20 @@ class Metrics:
             )
         self.restart_clock(iteration)
 
-    def validation(self, iteration: int, loss: float, by_component: Mapping[str, float] | None = None) -> None:
-        """Record a validation after `iteration` steps; by_component: the loss on each data set of a blend. Its time is not training's."""
+    def evaluation(
+        self, kind: Literal["validation", "test"], iteration: int, loss: float, by_component: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Record an evaluation after `iteration` steps, and return its figures; by_component: the loss on each data set of a blend.
+
+        Its time is not training's.
+        """
         parts = dict(by_component or {})
-        self._write({"iteration": iteration, "validation_loss": loss, **({"validation_loss_of": parts} if parts else {})})
+        figures = {f"{kind}_loss": loss, **({f"{kind}_loss_of": parts} if parts else {})}
+        self._write({"iteration": iteration, **figures})
         if self._writes:
             each = "".join(f" | {name} {value:.4f}" for name, value in parts.items())
-            print(f"validation after iteration {iteration} | loss {loss:.4f}{each}", flush=True)
+            print(f"{kind} after iteration {iteration} | loss {loss:.4f}{each}", flush=True)
+        return figures
 
     def samples(self, iteration: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """Record what the model wrote after `iteration` steps."""
@@ -219,7 +226,10 @@ def _start_wandb(folder: Path, watch: WatchOptions, settings: Mapping[str, Any])
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drop what an interrupted run wrote after the checkpoint that this one resumes from, and a line cut short."""
+    """Drop what an interrupted run wrote after the checkpoint that this one resumes from, and a line cut short.
+
+    The test comes after the last checkpoint.
+    """
     if not path.is_file():
         return
     kept = []
@@ -228,7 +238,7 @@ def _keep_until(path: Path, iteration: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["iteration"] <= iteration and iteration > 0:
+        if record["iteration"] <= iteration and iteration > 0 and "test_loss" not in record:
             kept.append(line.rstrip("\n"))
     with atomic_write(path) as stream:
         stream.writelines(line + "\n" for line in kept)

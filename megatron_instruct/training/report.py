@@ -63,6 +63,8 @@ class RunLog:
     """Lines of training."""
     validations: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    test: Mapping[str, Any]
+    """Its line, once the run has got there."""
     faults: Sequence[Mapping[str, Any]] = ()
     """Events of the ledger."""
 
@@ -92,6 +94,7 @@ def read_run(folder: Path, name: str) -> RunLog:
         steps=[row for row in rows if "loss" in row],
         validations=[row for row in rows if "validation_loss" in row],
         samples=_rows(folder / SAMPLES_FILE),
+        test=next((row for row in reversed(rows) if "test_loss" in row), {}),
         faults=_rows(folder / LEDGER_FILE),
     )
 
@@ -140,6 +143,9 @@ def _summary(run: RunLog) -> dict[str, Any]:
     facts.append((f"{statistics.fmean(row['loss'] for row in recent):.4f}", "loss, recently"))
     if run.validations:
         facts.append((f"{run.validations[-1]['validation_loss']:.4f}", "validation loss, last"))
+    if run.test:
+        facts.append((f"{run.test['test_loss']:.4f}", "test loss"))
+        facts += [(f"{loss:.4f}", f"test loss on {name}") for name, loss in run.test.get("test_loss_of", {}).items()]
     rate = statistics.median(row["tokens_per_second"] for row in recent)
     facts.append((f"{rate:,.0f}", "tokens a second"))
     for key, shown, scale, label in (

@@ -7,6 +7,7 @@ The walk: settings -> what to start from -> layout and batches -> data sources (
 import contextlib
 import functools
 import io
+import json
 import os
 import platform
 import shutil
@@ -29,6 +30,8 @@ from megatron_instruct.workspace import held
 
 SETTINGS = "settings.yaml"
 """File in --save with the settings of the run, as --config reads them."""
+STARTED_IN = "# relative paths are those of "
+"""Begin of the first line of that file; the folder that the run was started in follows, as JSON."""
 _MADE = (SETTINGS, "tokenizer", "metrics.jsonl", "samples.jsonl", "faults.jsonl")
 """What a run from the start replaces in --save, where an earlier run left it."""
 _PATIENCE = 30.0
@@ -106,7 +109,7 @@ def run(config: PretrainConfig) -> None:
     with held(config.checkpoint.save, made_by_a_run) if speaks_for_all else contextlib.nullcontext(), _lost_processes():
         if speaks_for_all:
             with atomic_write(config.checkpoint.save / SETTINGS) as stream:
-                stream.write(as_yaml(config))
+                stream.write(f"{STARTED_IN}{json.dumps(str(Path.cwd()))}\n{as_yaml(config)}")
         _train(config, start, layout, plan, sources, identity)
 
 
@@ -233,6 +236,8 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         )
         for prefix in sources.without_roles if config.data.role_weights else ():
             print(f"{prefix} has no roles: all its tokens count 1.", flush=True)
+        if sources.untested:
+            print(f"no test after the last step: {sources.untested}", flush=True)
     with Metrics(
         config.checkpoint.save,
         size,
@@ -243,12 +248,12 @@ def _train(config: PretrainConfig, start: Any, layout: Any, plan: Any, sources: 
         settings=flat(config),
     ) as metrics:
         try:
-            loop(parts, metrics)
+            test = loop(parts, metrics)
         except StoppedEarly:
             _leave(own_group)
             raise
     if first:
-        facts = {"iteration": plan.train_iters}
+        facts = {"iteration": plan.train_iters, **test}
         write_manifest(config.checkpoint.save / "manifest.json", Manifest(stage="pretrain", settings=identity, facts=facts))
         print(f"done: {config.checkpoint.save}", flush=True)
     _leave(own_group)

@@ -3,6 +3,7 @@
 Comes in: prefixes and weights, and the manifests that preprocessing wrote. Goes out: small frozen values. Does not know: torch.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.content import NAME, ContentCheck
 from megatron_instruct.training.index_file import IndexFile, check_share, read_index, shares_of
 from megatron_instruct.training.phases import PlacedPhase
-from megatron_instruct.training.settings.data import DataOptions
+from megatron_instruct.training.settings.data import DataOptions, GivenBlend
 
 Blend = tuple[list[str], list[float] | None]
 _MISSPELT_WEIGHT = re.compile(r"[^\w/]*[xXoO]?\d[\d.,_eE+-]*[%a-zA-Z]?|[oO][.,]\d+")
@@ -64,11 +65,17 @@ class DataSources:
     """Of the first phase, where there are phases."""
     valid: Blend | None
     """None when train is divided by `split`."""
+    test: Blend | None
+    """What is evaluated after the last step: the test share of `train` where `split` divides it."""
+    untested: str | None = None
+    """Why the test share that `split` leaves is not evaluated."""
     phases: tuple[PhaseSource, ...]
     split: str
     vocabulary: Vocabulary
     fingerprint: str
     """SHA-256 over the content of every data set and the weights of the blend; with phases, of validation alone."""
+    test_fingerprint: str | None
+    """The same of the data given for the test alone."""
     roles: frozenset[str]
     """Prefixes that have the role of each token beside them."""
     indices: Mapping[str, IndexFile]
@@ -76,8 +83,8 @@ class DataSources:
 
     @property
     def without_roles(self) -> list[str]:
-        blends = [self.train, *([self.valid] if self.valid is not None else []), *(phase.blend for phase in self.phases)]
-        return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes if prefix not in self.roles))
+        blends = [self.train, self.valid, self.test, *(phase.blend for phase in self.phases)]
+        return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend[0] if prefix not in self.roles))
 
 
 def sources_of(config: PretrainConfig, tokenizer: Tokenizer, *, remembers: bool = True) -> DataSources:
@@ -87,8 +94,8 @@ def sources_of(config: PretrainConfig, tokenizer: Tokenizer, *, remembers: bool 
     """
     check = ContentCheck(index_root(config) / NAME, reads=os.environ.get("LOCAL_RANK", "0") == "0")
     sources = find_sources(config.data, tokenizer, phases=config.phases, check=check)
-    validates = config.checkpoint.eval_interval is not None
-    _check_sizes(config, sources, validates=validates)
+    _check_sizes(config, sources)
+    sources = _with_test_share(config, sources)
     if check.reads and remembers:
         check.remember()
     return sources
@@ -103,10 +110,11 @@ def check_blends(config: PretrainConfig) -> None:
     """Raise ConfigError for blends and shares that cannot be, whatever the data."""
     data = config.data
     if not config.phases:
-        _training_blend(data)
+        _blend(data.training_blend)
     for phase in config.phases:
         parse_blend(phase.data_path, field=_field(phase))
-    _validation_blend(data)
+    _blend(data.validation_blend)
+    _blend(data.test_blend)
     shares_of(data.split)
 
 
@@ -116,10 +124,10 @@ def find_sources(
     """Read blends and manifests. Raises ConfigError for a broken blend, InputError for data missing, changed or of another tokenizer."""
     check = check or ContentCheck(Path(NAME), reads=False)
     fields = {phase.number: parse_blend(phase.data_path, field=_field(phase)) for phase in phases}
-    train = fields[1] if phases else _training_blend(options)
-    valid = _validation_blend(options)
+    train = fields[1] if phases else parse_blend(options.training_blend.words, field=options.training_blend.field)
+    valid, test = _blend(options.validation_blend), _blend(options.test_blend)
     shares_of(options.split)
-    blends = [train, *([valid] if valid is not None else []), *fields.values()]
+    blends = [blend for blend in (train, valid, test, *fields.values()) if blend is not None]
     manifests = {prefix: _data_manifest(Path(prefix), adopt=options.adopt_data) for blend in blends for prefix in blend[0]}
     for prefix, manifest in manifests.items():
         if manifest is not None:
@@ -139,6 +147,7 @@ def find_sources(
     return DataSources(
         train=train,
         valid=valid,
+        test=test,
         phases=tuple(
             PhaseSource(phase=phase, blend=fields[phase.number], fingerprint=_fingerprint([fields[phase.number]], prints))
             for phase in phases
@@ -146,6 +155,7 @@ def find_sources(
         split=options.split,
         vocabulary=Vocabulary(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod),
         fingerprint=_fingerprint(whole, prints),
+        test_fingerprint=None if test is None else _fingerprint([test], prints),
         roles=roles,
         indices=indices,
     )
@@ -155,13 +165,7 @@ def _field(phase: PlacedPhase) -> str:
     return f"phases: data_path of phase {phase.number}"
 
 
-def _training_blend(options: DataOptions) -> Blend:
-    given = options.training_blend
-    return parse_blend(given.words, field=given.field)
-
-
-def _validation_blend(options: DataOptions) -> Blend | None:
-    given = options.validation_blend
+def _blend(given: GivenBlend) -> Blend | None:
     return parse_blend(given.words, field=given.field) if given.words else None
 
 
@@ -183,29 +187,55 @@ def parse_blend(words: Sequence[str], *, field: str) -> Blend:
     return prefixes, [float(weight) for weight in weights]
 
 
-def _check_sizes(config: PretrainConfig, sources: DataSources, *, validates: bool) -> None:
+def _check_sizes(config: PretrainConfig, sources: DataSources) -> None:
     """Raise where a data set has nothing to give, or where data that are taken once end before the run."""
-    length, size = config.batch.seq_length, config.batch.global_batch_size
-    split = sources.split if config.data.is_divided else None
-    wanted: list[tuple[Blend, int, int | None, str]] = [(source.blend, 0, None, "") for source in sources.phases]
-    wanted = wanted or [(sources.train, 0, config.batch.train_iters * size, "train_iters")]
-    if validates and (split is not None or sources.valid is not None):
-        wanted.append((sources.valid or sources.train, 1, config.checkpoint.eval_iters * size, "eval_iters"))
-    elif validates:
-        raise InputError(
-            f"eval_interval={config.checkpoint.eval_interval} asks for validation, and there is no data for it; give valid_data_path, "
-            "or drop eval_interval."
-        )
-    for (prefixes, weights), part, samples, setting in wanted:
-        tokens = [check_share(sources.indices[prefix], split, part=part) for prefix in prefixes]
-        there = sum((count - 1) // length for count in tokens)
-        once = weights is None and len(prefixes) > 1 and not config.data.whole_epochs
-        if once and samples is not None and there < samples:
-            raise ConfigError(
-                f"{setting}={samples // size}: so many global batches are {samples:,} sequences of {length} tokens, and "
-                f"{', '.join(prefixes)} have {there:,}: prefixes without weights are taken once. "
-                f"Give weights, which repeat data, or lower {setting} to {there // size}."
+    size, checkpoint = config.batch.global_batch_size, config.checkpoint
+    for source in sources.phases:
+        _check_size(config, sources, source.blend, part=0)
+    if not sources.phases:
+        _check_size(config, sources, sources.train, part=0, samples=config.batch.train_iters * size, setting="train_iters")
+    if checkpoint.eval_interval is not None:
+        if sources.valid is None and not config.data.is_divided:
+            raise InputError(
+                f"eval_interval={checkpoint.eval_interval} asks for validation, and there is no data for it; give valid_data_path, "
+                "or drop eval_interval."
             )
+        _check_size(config, sources, sources.valid or sources.train, part=1, samples=checkpoint.eval_iters * size, setting="eval_iters")
+    if sources.test is not None:
+        _check_size(config, sources, sources.test, part=2, samples=checkpoint.eval_iters * size, setting="eval_iters")
+
+
+def _with_test_share(config: PretrainConfig, sources: DataSources) -> DataSources:
+    """Return the sources with the test share of `split`, if there is one and the run evaluates.
+
+    The default split leaves one: where it holds too little, the run goes without, and says so.
+    """
+    begin, end = shares_of(sources.split)[2]
+    if not config.data.is_divided or config.checkpoint.eval_interval is None or begin == end:
+        return sources
+    samples = config.checkpoint.eval_iters * config.batch.global_batch_size
+    try:
+        _check_size(config, sources, sources.train, part=2, samples=samples, setting="eval_iters")
+    except (ConfigError, InputError) as error:
+        return dataclasses.replace(sources, untested=str(error))
+    return dataclasses.replace(sources, test=sources.train)
+
+
+def _check_size(
+    config: PretrainConfig, sources: DataSources, blend: Blend, *, part: int, samples: int | None = None, setting: str = ""
+) -> None:
+    """Check a blend's share: 0 training, 1 validation, 2 test. samples: how many are taken, which `setting` decides; None: any number."""
+    (prefixes, weights), length, size = blend, config.batch.seq_length, config.batch.global_batch_size
+    split = sources.split if config.data.is_divided else None
+    tokens = [check_share(sources.indices[prefix], split, part=part) for prefix in prefixes]
+    there = sum((count - 1) // length for count in tokens)
+    once = weights is None and len(prefixes) > 1 and not config.data.whole_epochs
+    if once and samples is not None and there < samples:
+        raise ConfigError(
+            f"{setting}={samples // size}: so many global batches are {samples:,} sequences of {length} tokens, and "
+            f"{', '.join(prefixes)} have {there:,}: prefixes without weights are taken once. "
+            f"Give weights, which repeat data, or lower {setting} to {there // size}."
+        )
 
 
 def _fingerprint(blends: Sequence[Blend], prints: Mapping[str, Any]) -> str:

@@ -147,6 +147,7 @@ def run_identity(config: PretrainConfig, start: Start, sources: DataSources) -> 
         "architecture": start.architecture.to_json(),
         "tokenizer": start.tokenizer.fingerprint,
         "data": sources.fingerprint,
+        "test_data": sources.test_fingerprint,
         "phases": [source.to_json() for source in sources.phases] or None,
         "strict_epochs": config.data.whole_epochs or None,
         "split": config.data.split if config.data.is_divided else None,

@@ -19,6 +19,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _REASONS = ("", *(signal.Signals(number).name for number in _SIGNALS), "exit_duration_in_mins is over", "exit_interval is reached")
 
 
+_STARTED = time.monotonic()
+"""When this process began, but for what it imports first."""
+
+
 class StoppedEarly(Exception):
     """The run saved and ended before its last step, as it was asked to."""
 
@@ -29,7 +33,6 @@ class ExitRequests:
     def __init__(self, options: FaultOptions) -> None:
         self._options = options
         self._caught = 0
-        self._since = time.monotonic()
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "ExitRequests":
@@ -49,7 +52,7 @@ class ExitRequests:
         if options.exit_interval is not None and iteration % options.exit_interval == 0:
             return len(_REASONS) - 1
         minutes = options.exit_duration_in_mins
-        if minutes is not None and time.monotonic() - self._since >= 60.0 * minutes:
+        if minutes is not None and time.monotonic() - _STARTED >= 60.0 * minutes:
             return len(_REASONS) - 2
         return self._caught
 

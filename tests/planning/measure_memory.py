@@ -1,6 +1,6 @@
 """Build real models with their gradients and optimizer, take one step, and print the bytes that the fullest rank holds of each, as JSON.
 
-PRESET:PRECISION ... [--layout tensor|pipeline|data], in the processes that torchrun started.
+PRESET:PRECISION ... [--layout tensor|pipeline|data|fully-sharded], in the processes that torchrun started.
 """
 
 import argparse
@@ -28,20 +28,27 @@ VOCABULARY, SEQUENCE, MICRO = 500, 32, 2
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--layout", default="data", choices=["tensor", "pipeline", "data"])
+    parser.add_argument("--layout", default="data", choices=["tensor", "pipeline", "data", "fully-sharded"])
     options = parser.parse_args()
     machine = device.initialize(threads=1)
     ranks = torch.distributed.get_world_size()
-    sizes: dict[str, Any] = {options.layout: ranks} if options.layout != "data" else {}
+    sizes: dict[str, Any] = {options.layout: ranks} if options.layout in ("tensor", "pipeline") else {}
     layout = ParallelLayout(world_size=ranks, sequence_parallel=ranks > 1 and options.layout == "tensor", **sizes)
     join_model_parallel_groups(layout, seed=1234)
     found = {}
     for name in options.models:
         preset, precision = name.split(":")
         architecture = make_architecture({}, preset_name=preset, vocab_size=VOCABULARY, seq_length=SEQUENCE)
-        parallel = ParallelOptions(bf16=precision == "bf16", use_distributed_optimizer=layout.data > 1)
+        fully = options.layout == "fully-sharded"
+        parallel = ParallelOptions(bf16=precision == "bf16", use_distributed_optimizer=layout.data > 1, use_megatron_fsdp=fully)
         models = build_model(architecture, layout, machine, BuildOptions(dtype=precision))
         chunks = wrap_data_parallel(models, parallel)
+        if fully:
+            groups = [group for chunk in chunks for group in chunk.param_and_grad_buffer.parameter_groups]
+            buffers = {"weights": "model_weight_buffer", "gradients": "main_grad_buffer", "optimizer": "main_weight_buffer"}
+            found[name] = {part: sum(size(getattr(group, buffer).data) for group in groups) for part, buffer in buffers.items()}
+            found[name]["optimizer"] *= 3 if precision == "bf16" else 2  # AdamW's moments, of the shards of the weights
+            continue
         batch = BatchOptions(seq_length=SEQUENCE, global_batch_size=2, train_iters=2, lr=1e-3)
         optimizer = make_optimizer(chunks, parallel, batch, machine)
         for chunk in chunks:

@@ -132,21 +132,28 @@ def test_all_memory_is_within_15_percent_of_what_a_real_model_on_a_cpu_keeps(on_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data", "fully-sharded"])
 def test_so_they_are_over_two_processes(layout: str) -> None:
-    sizes = {layout: 2} if layout != "data" else {}
+    sizes = {layout: 2} if layout in ("tensor", "pipeline") else {}
     expected = ParallelLayout(world_size=2, sequence_parallel=layout == "tensor", **sizes)  # type: ignore[arg-type]
     for name, measured in _measure("tiny:fp32", "31M:bf16", "--layout", layout, processes=2).items():
-        _compare(name, measured, expected, distributed=layout == "data")
+        _compare(name, measured, expected, distributed=not sizes, shards=layout == "fully-sharded")
 
 
-def _compare(name: str, measured: dict[str, int], layout: ParallelLayout, *, distributed: bool) -> None:
+def _compare(name: str, measured: dict[str, int], layout: ParallelLayout, *, distributed: bool, shards: bool = False) -> None:
     """measured: the fullest rank's bytes."""
     preset, precision = name.split(":")
     shape = shape_of(make_architecture({}, preset_name=preset, vocab_size=500, seq_length=32))
     execution = Execution(
-        layout=layout, seq_length=32, global_batch_size=2, micro_batch_size=1, precision=precision, distributed_optimizer=distributed
-    )  # type: ignore[arg-type]
+        layout=layout,
+        seq_length=32,
+        global_batch_size=2,
+        micro_batch_size=1,
+        precision=precision,  # type: ignore[arg-type]
+        distributed_optimizer=distributed,
+        shards_gradients=shards,
+        shards_weights=shards,
+    )
     # activations aside: the last stage has a norm more than the first
     stages = [memory_of_stage(shape, execution, stage) for stage in {0, layout.pipeline - 1}]
     memory = max(stages, key=lambda parts: parts.weights)

@@ -81,14 +81,15 @@ def test_blends_in_files_are_those_of_the_command_line(data: Path, tokenizer_fol
     tokenizer = load_tokenizer(tokenizer_folder)
     blend, plain, shares = ("0.3", str(data), "7", str(data)), tmp_path / "blend.txt", tmp_path / "shares.json"
     plain.write_text(f"0.3 {data}\n7\t{data}\n")
-    shares.write_text(json.dumps({"train": [0.3, str(data), 7, str(data)], "valid": str(data), "test": None}))
-    of_shares = DataOptions(train_data_path=blend, valid_data_path=(str(data),))
+    shares.write_text(json.dumps({"train": [0.3, str(data), 7, str(data)], "valid": str(data), "test": f"1 {data}"}))
+    of_shares = DataOptions(train_data_path=blend, valid_data_path=(str(data),), test_data_path=("1", str(data)))
     for in_file, given in (
         (DataOptions(data_args_path=plain), DataOptions(data_path=blend)),
         (DataOptions(per_split_data_args_path=shares), of_shares),
     ):
         found, wanted = find_sources(in_file, tokenizer), find_sources(given, tokenizer)
-        assert (found.train, found.valid, found.fingerprint) == (wanted.train, wanted.valid, wanted.fingerprint)
+        for part in ("train", "valid", "test", "fingerprint", "test_fingerprint"):
+            assert getattr(found, part) == getattr(wanted, part), part
     assert DataOptions(data_args_path=plain).is_divided and not DataOptions(per_split_data_args_path=shares).is_divided
 
 
@@ -162,7 +163,8 @@ class Fed:
         self.sources = sources_of(config, load_tokenizer(tokenizer))
         batch = config.batch
         plan = BatchPlan(global_batch_size=batch.global_batch_size, micro_batch_size=1, data_parallel=1, train_iters=batch.train_iters)
-        self.train, self.valid = build_datasets(config, self.sources, plan)
+        self.data = build_datasets(config, self.sources, plan)
+        self.train, self.valid = self.data.train, self.data.valid
         self.samples = batch.train_iters * batch.global_batch_size
 
     def tokens(self, number: int) -> list[int]:
@@ -323,6 +325,8 @@ def test_shares_that_nobody_asked_for_may_be_empty(feed: Feed, data: Path, other
     blend = ("--data-path", 0.5, data, 0.5, other_data)
     fed, usual = feed(*blend, "--split", "899,100,1"), feed(*blend, "--split", "90,10,0")
     assert [fed.tokens(number) for number in range(20)] == [usual.tokens(number) for number in range(20)]
+    assert fed.data.test is None and "has no token in its test share (split='899,100,1' of 500 documents)" in str(fed.sources.untested)
+    assert usual.data.test is None and usual.sources.untested is None
     alone = feed("--data-path", other_data, "--split", "997,3,0", drop=("--eval-interval",))
     assert alone.valid is None and len(alone.train) >= alone.samples
 

@@ -57,6 +57,8 @@ def described(folder: Path, *more: object) -> str:
         (("--transformer-config", "hiden_dropout", 0.1), "megatron-core has no field 'hiden_dropout'; did you mean 'hidden_dropout'"),
         (("--transformer-config", "hidden_dropout", "1e-3"), r"hidden_dropout='1e-3' must be a number, such as 0.1 or 1\.0e-3"),
         (("--transformer-config", "moe_grouped_gemm", "3"), "moe_grouped_gemm=3 must be true or false"),
+        (("--transformer-config", "num_moe_experts", "3"), "'num_moe_experts' is decided by the model and layout settings"),
+        (("--transformer-config", "fp8_param", "true"), "megatron-core does not take these settings: fp8_param must be used together with"),
     ],
 )
 def test_what_cannot_be_is_refused(more: tuple[object, ...], message: str, tmp_path: Path) -> None:
@@ -65,8 +67,37 @@ def test_what_cannot_be_is_refused(more: tuple[object, ...], message: str, tmp_p
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("moe_expert_capacity_factor", "0.6", "--preset", "tiny-experts", "--sequence-parallel", "--tensor-model-parallel-size", 2),
+        ("defer_embedding_wgrad_compute", "true", "--pipeline-model-parallel-size", 2),
+        ("hidden_dropout", "0.1", *FP8, "--gpu", "h100", "--fp8-recipe", "tensorwise"),
+    ],
+)
+def test_what_a_cpu_or_a_missing_package_alone_forbids_is_left_to_the_gpu(more: tuple[object, ...], tmp_path: Path) -> None:
+    assert "Estimate on h100" in described(tmp_path, "--world-size", 2, "--transformer-config", *more)
+
+
 def test_emulated_fp8_needs_no_fp8_units(tmp_path: Path) -> None:
     assert "Estimate on a100-80" in described(tmp_path, *FP8, "--fp8-emulation", "--gpu", "a100-80")
+
+
+def test_what_is_sharded_is_counted_in_shards_and_whole_a_layer_at_a_time(tmp_path: Path) -> None:
+    def parts(*more: object) -> dict[str, float]:
+        told = described(tmp_path, "--preset", "8B", "--seq-length", 2048, "--bf16", "--world-size", 8, *more)
+        (line,) = re.findall(r"GiB: .* = (.*) \(usable", told)
+        return {name: float(number) for name, number in re.findall(r"([a-z ]+) ([\d.]+)(?: \+ |$)", line)}
+
+    strategy = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy")
+    whole, sharded = parts("--use-distributed-optimizer"), parts("--use-megatron-fsdp")
+    for name in ("weights", "gradients"):
+        assert sharded[name] == pytest.approx(whole[name] / 8, abs=0.1)
+    assert 0 < sharded["gathered"] < 0.15 * (whole["weights"] + whole["gradients"])
+    assert parts(*strategy, "optim") == whole
+    assert parts(*strategy, "optim_grads")["weights"] == whole["weights"]
+    assert parts(*strategy, "no_shard")["optimizer"] == pytest.approx(8 * whole["optimizer"], abs=0.5)
+    assert "gathered" not in parts("--use-megatron-fsdp", "--world-size", 1)
 
 
 def test_muon_s_memory_is_said_to_be_estimated_from_above(tmp_path: Path) -> None:

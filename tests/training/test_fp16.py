@@ -74,7 +74,11 @@ def test_a_run_whose_every_step_overflows_is_ended() -> None:
     ("words", "message"),
     [
         (("--bf16", "--fp16"), "bf16=True and fp16=True exclude each other"),
-        (("--loss-scale", 1024), "loss_scale=1024.0 goes with fp16 only"),
+        (("--loss-scale", 1024), "loss_scale=1024.0 goes with fp16=True; set it, or drop loss_scale"),
+        (("--hysteresis", 3), "hysteresis=3 goes with fp16=True"),
+        (("--fp16", "--loss-scale", 8, "--hysteresis", 3), "hysteresis=3 goes with a loss_scale that is left out"),
+        (("--lr-wsd-decay-style", "linear"), "lr_wsd_decay_style=linear goes with lr_decay_style=WSD"),
+        (("--loss-spike-window", 50), "loss_spike_window=50 goes with loss_spike_factor"),
         (("--fp16", "--loss-scale", 0), "loss_scale=0.0 must be a positive number"),
         (("--fp16", "--initial-loss-scale", 2, "--min-loss-scale", 4), "min_loss_scale=4.0 is above initial_loss_scale=2.0"),
         (("--fp16", "--hysteresis", 0), "hysteresis=0 must be at least 1"),

@@ -23,7 +23,8 @@ SIZE = make_architecture({}, preset_name="8B", vocab_size=128256, seq_length=409
 def test_megatron_core_takes_the_fields_of_every_recipe(fp8_format: Any, recipe: Any) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    options = Fp8Options(fp8_format=fp8_format, fp8_recipe=recipe, fp8_amax_history_len=7, first_last_layers_bf16=recipe != "delayed")
+    more: dict[str, Any] = {"fp8_amax_history_len": 7} if recipe == "delayed" else {"first_last_layers_bf16": True}
+    options = Fp8Options(fp8_format=fp8_format, fp8_recipe=recipe, **more)
     config = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, **fp8_fields(options))
     assert (config.fp8, str(config.fp8_recipe)) == (fp8_format, recipe)
     assert config.first_last_layers_bf16 == (recipe != "delayed")
@@ -31,7 +32,7 @@ def test_megatron_core_takes_the_fields_of_every_recipe(fp8_format: Any, recipe:
 
 
 def test_without_fp8_nothing_is_said_of_it() -> None:
-    assert fp8_fields(Fp8Options(fp8_recipe="mxfp8")) == {}
+    assert fp8_fields(Fp8Options()) == {}
     check_fp8(Fp8Options(), SIZE, ParallelLayout(), tokens=3, capability=None)
 
 
@@ -57,6 +58,30 @@ def test_sizes_that_the_products_cannot_take_are_named() -> None:
     odd = make_architecture({"ffn_hidden_size": 14344}, preset_name="8B", vocab_size=128256, seq_length=4096)
     with pytest.raises(ConfigError, match="ffn_hidden_size / tensor_model_parallel_size = 14344 is not a multiple of 16"):
         check_fp8(options, odd, ParallelLayout(), tokens=4096, capability=(9, 0))
+
+
+def test_layers_kept_out_leave_some_in_8_bits() -> None:
+    options = Fp8Options(fp8_format="hybrid", fp8_recipe="tensorwise", first_last_layers_bf16=True, num_layers_at_end_in_bf16=31)
+    with pytest.raises(ConfigError, match="num_layers_at_start_in_bf16=1 and num_layers_at_end_in_bf16=31 leave none of num_layers=32"):
+        check_fp8(options, SIZE, ParallelLayout(), tokens=4096, capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fp8_recipe": "mxfp8"}, "fp8_recipe=mxfp8 goes with fp8_format, without which nothing is in 8 bits; set it, or drop fp8_recipe"),
+        ({"fp8_emulation": True}, "fp8_emulation=True goes with fp8_format"),
+        ({"fp8_format": "e4m3", "fp8_recipe": "mxfp8", "fp8_margin": 1}, "fp8_margin=1 goes with fp8_recipe=delayed"),
+        ({"fp8_format": "e4m3", "num_layers_at_end_in_bf16": 2}, "num_layers_at_end_in_bf16=2 goes with first_last_layers_bf16=True"),
+        (
+            {"fp8_format": "e4m3", "fp8_recipe": "mxfp8", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": -1},
+            "num_layers_at_end_in_bf16=-1 must not be negative",
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Fp8Options(**given)
 
 
 def test_layers_cannot_be_kept_out_of_a_history_that_all_share() -> None:

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from .conftest import CONTEXT, FIRST_STEP_IDLE, INTERLEAVED, PIPELINE, SEQUENCE, STOP, TENSOR, assert_same_end, read_metrics
+from .conftest import (
+    CONTEXT,
+    FIRST_STEP_IDLE,
+    GROWING,
+    INTERLEAVED,
+    MUON,
+    PIPELINE,
+    SEQUENCE,
+    STOP,
+    TENSOR,
+    assert_same_end,
+    read_metrics,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Runs = Callable[..., dict[str, Path]]
@@ -21,6 +33,13 @@ RECIPES: dict[str, tuple[object, ...]] = {
     "first and last": (*FP8, "--fp8-recipe", "tensorwise", "--first-last-layers-bf16"),
     "recomputed": (*DELAYED, "--recompute-granularity", "full"),
     "bf16": (*DELAYED, "--bf16"),
+}
+DROPOUT = ("--transformer-config", "hidden_dropout", 0.1, "attention_dropout", 0.1)
+TOGETHER: dict[str, tuple[object, ...]] = {
+    "tensorwise growing": (*RECIPES["tensorwise"], *GROWING),
+    "blockwise muon": (*RECIPES["blockwise"], *MUON),
+    "mxfp8 recomputed": (*RECIPES["mxfp8"], "--recompute-granularity", "full", *DROPOUT),
+    "delayed with all": (*DELAYED, *GROWING, *MUON, *DROPOUT, "--bf16", "--async-save"),
 }
 ONE_MICROBATCH = (*DELAYED, *FIRST_STEP_IDLE, "--global-batch-size", 4, "--micro-batch-size", 4, "--save-interval", 1)
 LAYOUTS: dict[str, tuple[object, ...]] = {"tensor": TENSOR, "sequence": SEQUENCE, "pipeline": PIPELINE, "context": CONTEXT, "data": ()}
@@ -77,6 +96,13 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_its_scales(delayed: dict[str, Pa
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "bf16"])
 def test_every_recipe_learns_as_fp32_does(name: str, recipes: dict[str, Path], delayed: dict[str, Path]) -> None:
     assert_near(recipes[name], delayed["fp32"])
+
+
+@pytest.mark.slow
+def test_every_recipe_goes_on_bit_for_bit_beside_whatever_else_is_kept(runs: Runs) -> None:
+    found = runs(1, TOGETHER, {f"again {name}": (name, more) for name, more in TOGETHER.items()})
+    for name in TOGETHER:
+        assert_same_end(found[f"again {name}"], found[name])
 
 
 @pytest.mark.slow

@@ -29,11 +29,11 @@ def rows(folder: Path) -> list[dict[str, float]]:
 def fill(folder: Path, *, start: int, end: int) -> None:
     with metrics(folder, start=start) as log:
         if start == 0:
-            log.validation(0, 9.0)
+            log.evaluation("validation", 0, 9.0)
         for iteration in range(start + 1, end + 1):
             log.training(iteration, loss=1.0 / iteration, lr=0.1, grad_norm=2.0)
             if iteration % 2 == 0:
-                log.validation(iteration, 3.0)
+                log.evaluation("validation", iteration, 3.0)
 
 
 def test_a_line_says_loss_rate_share_of_peak_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_what_the_model_wrote_outlives_a_resume_whatever_separators_it_holds(tmp
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with metrics(tmp_path, writes=False) as log:
         log.training(1, loss=1.0, lr=0.1, grad_norm=1.0)
-        log.validation(1, 2.0)
+        log.evaluation("validation", 1, 2.0)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +105,7 @@ def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
 
     with metrics(tmp_path, tensorboard=tmp_path / "events") as log:
         log.training(1, loss=1.5, lr=0.1, grad_norm=2.0)
-        log.validation(1, 3.5)
+        log.evaluation("validation", 1, 3.5)
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "validation_loss"} <= set(events.Tags()["scalars"])
@@ -116,7 +116,7 @@ def test_validation_says_the_loss_of_each_data_set_of_a_blend(tmp_path: Path, ca
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with metrics(tmp_path, tensorboard=tmp_path / "events") as log:
-        log.validation(3, 2.0, {"web": 1.5, "books": 3.0})
+        log.evaluation("validation", 3, 2.0, {"web": 1.5, "books": 3.0})
     assert rows(tmp_path) == [{"iteration": 3, "validation_loss": 2.0, "validation_loss_of": {"web": 1.5, "books": 3.0}}]
     assert "validation after iteration 3 | loss 2.0000 | web 1.5000 | books 3.0000" in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path / "events"))

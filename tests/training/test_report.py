@@ -30,7 +30,8 @@ def make_run(folder: Path, *, steps: int, finished: bool = False, cut: bool = Fa
         for step in range(1, steps + 1)
     ]
     validation = {"iteration": steps, "validation_loss": 4.5, "validation_loss_of": {"web": 4.25, "books": 4.75}}
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, validation])
+    test = {"iteration": steps, "test_loss": 4.125, "test_loss_of": {"web": 4.0625}}
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, validation, test])
     (folder / "metrics.jsonl").write_text(text + ('{"iteration": 99, "lo' if cut else ""))
     (folder / "samples.jsonl").write_text(json.dumps({"iteration": 3, "prompt": "A hacker is", "text": EVIL}) + "\n")
     fault = {"kind": "skip", "iteration": 4, "text": f"step 4: the loss is nan; the batch is skipped. {EVIL}", "run": "1"}

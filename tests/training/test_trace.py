@@ -27,6 +27,23 @@ def test_a_step_names_its_documents_and_their_text(one: dict[str, Path], start: 
     assert len(re.findall(r"^    ['\"]", printed, re.M)) == len(cut)
 
 
+def test_a_run_started_with_relative_paths_is_traced_from_anywhere_and_wherever_its_folder_is(
+    flags: Callable[..., list[str]], start: Start, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    words = flags(
+        Path("run"), "--data-path", data.name, "--train-iters", 1, "--lr-warmup-iters", 0, "--eval-interval", 1, "--eval-iters", 1
+    )
+    process = start("pretrain.py", *words)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    monkeypatch.chdir(tmp_path)
+    Path(data.parent, "run").rename(tmp_path / "moved")
+    status, printed, errors = trace(start, "--save", "moved", "--iterations", 1)
+    assert status == 0, errors
+    assert f"  {data.name} document" in printed
+
+
 @pytest.mark.parametrize(
     ("iterations", "message"),
     [((21,), "step 21 is beyond train_iters=20 of the run"), ((0,), "give one or more steps; they count from 1")],

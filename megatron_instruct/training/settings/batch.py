@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
 from megatron_instruct.models.batches import BatchPlan, BatchRamp
+from megatron_instruct.training.settings.idle import check_idle
 
 _SEEDS = 2**31
 """numpy takes seeds below 2^32, and parts of a run add to theirs."""
@@ -94,6 +95,8 @@ class BatchOptions:
         falls = self.lr_wsd_decay_iters
         if (self.lr_decay_style == "WSD") != (falls is not None):
             raise ConfigError("lr_decay_style=WSD and lr_wsd_decay_iters go together; give both or neither.")
+        if falls is None:
+            check_idle(self, ("lr_wsd_decay_style",), needs="lr_decay_style=WSD")
         if falls is not None and not 0 < falls <= decay - self.lr_warmup_iters:
             raise ConfigError(
                 f"lr_wsd_decay_iters={falls} must lie between 1 and lr_decay_iters - lr_warmup_iters = {decay - self.lr_warmup_iters}."

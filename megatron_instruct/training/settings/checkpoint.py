@@ -29,7 +29,7 @@ class CheckpointOptions:
     eval_interval: int | None = None
     """Steps between validations; with it also before the first step and after the last."""
     eval_iters: int = 10
-    """Global batches of one validation, the same ones each time."""
+    """Global batches of one validation, the same ones each time, and of the test after the last step."""
     tensorboard_dir: Path | None = None
     """Folder of TensorBoard event files."""
 

@@ -27,7 +27,7 @@ class DataOptions:
     data_path: tuple[str, ...] = ()
     """A prefix, several prefixes, or WEIGHT PREFIX pairs; divided by split."""
     split: str = "969,30,1"
-    """Shares of data_path for training, validation and test."""
+    """Shares of data_path for training, validation and test. With eval_interval, the last one is evaluated once, after the last step."""
     train_data_path: tuple[str, ...] = ()
     """As data_path, for training only; instead of data_path."""
     phases: tuple[YamlText, ...] = ()
@@ -35,11 +35,13 @@ class DataOptions:
     last one needs no until; lr, min_lr and lr_decay_style (linear, cosine) give a phase a learning rate of its own."""
     valid_data_path: tuple[str, ...] = ()
     """As data_path, for validation only."""
+    test_data_path: tuple[str, ...] = ()
+    """As data_path, for one evaluation after the last step, of eval_iters global batches."""
     data_args_path: Path | None = None
     """File with the words of data_path, separated by blanks or line ends, where they are too many for a command line."""
     per_split_data_args_path: Path | None = None
-    """JSON file with the words of train_data_path ("train") and valid_data_path ("valid"), each in a list or in one text. Its "test" is not
-    used: tools/evaluate.py measures what was trained."""
+    """JSON file with the words of train_data_path, valid_data_path and test_data_path under "train", "valid" and "test", each in a list or
+    in one text."""
     strict_epochs: bool = False
     """Take every document exactly once in each epoch of its data set, in an order that a longer run begins with, too; phases always do."""
     data_cache_path: Path | None = None
@@ -86,16 +88,25 @@ class DataOptions:
             return _read_share(self.per_split_data_args_path, "valid")
         return GivenBlend("valid_data_path", self.valid_data_path)
 
+    @cached_property
+    def test_blend(self) -> GivenBlend:
+        """What is tested on, as validation_blend."""
+        if self.per_split_data_args_path is not None:
+            return _read_share(self.per_split_data_args_path, "test")
+        return GivenBlend("test_data_path", self.test_data_path)
+
     def __post_init__(self) -> None:
         given = (self.data_path, self.train_data_path, self.phases, self.data_args_path, self.per_split_data_args_path)
         if sum(map(bool, given)) != 1:
             raise ConfigError(
-                "give one of data_path, train_data_path or phases (with valid_data_path), data_args_path and per_split_data_args_path."
+                "give one of data_path, train_data_path or phases (with valid_data_path and test_data_path), data_args_path and "
+                "per_split_data_args_path."
             )
-        if self.is_divided and self.valid_data_path:
-            raise ConfigError("valid_data_path goes with train_data_path or phases; other data are divided by split.")
-        if self.per_split_data_args_path is not None and self.valid_data_path:
-            raise ConfigError("valid_data_path and per_split_data_args_path both give data for validation; drop one of them.")
+        for name, use in (("valid_data_path", "validation"), ("test_data_path", "the test")):
+            if self.is_divided and getattr(self, name):
+                raise ConfigError(f"{name} goes with train_data_path or phases; other data are divided by split.")
+            if self.per_split_data_args_path is not None and getattr(self, name):
+                raise ConfigError(f"{name} and per_split_data_args_path both give data for {use}; drop one of them.")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers={self.num_workers} must not be negative; 0 reads in the process that trains.")
         if self.reset_position_ids and not self.reset_attention_mask:

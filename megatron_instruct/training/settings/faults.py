@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.training.settings.idle import check_idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,7 @@ class FaultOptions:
     exit_signal_handler: bool = True
     """On SIGTERM or SIGUSR1 finish the step, save and exit with status 75."""
     exit_duration_in_mins: float | None = None
-    """Save and exit with status 75 after the first step that ends so long after the start (minutes)."""
+    """Save and exit with status 75 after the first step that ends so long after the process began (minutes)."""
     exit_interval: int | None = None
     """Save and exit with status 75 after each step that is a multiple of this."""
     loss_spike_factor: float | None = None
@@ -41,5 +42,7 @@ class FaultOptions:
             value = getattr(self, name)
             if value is not None and not above < value < math.inf:
                 raise ConfigError(f"{name}={value} must be above {above:g}; leave it out to switch it off.")
+        if self.loss_spike_factor is None:
+            check_idle(self, ("loss_spike_window",), needs="loss_spike_factor")
         if not 0.0 <= self.straggler_interval < math.inf:
             raise ConfigError(f"straggler_interval={self.straggler_interval} must be 0 or more seconds.")

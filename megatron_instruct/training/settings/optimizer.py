@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError, MissingPackageError
+from megatron_instruct.training.settings.idle import check_idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,7 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.optimizer != "muon":
-            for field in dataclasses.fields(self):
-                if field.name != "optimizer" and getattr(self, field.name) != field.default:
-                    raise ConfigError(f"{field.name}={getattr(self, field.name)} goes with optimizer=muon; set it, or drop {field.name}.")
+            check_idle(self, [field.name for field in dataclasses.fields(self) if field.name != "optimizer"], needs="optimizer=muon")
         if not 0.0 <= self.muon_momentum < 1.0:
             raise ConfigError(f"muon_momentum={self.muon_momentum} must be at least 0 and below 1.")
         if not 0.0 < self.muon_extra_scale_factor < math.inf:

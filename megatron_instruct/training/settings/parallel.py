@@ -103,3 +103,11 @@ class ParallelOptions:
     def shards_optimizer(self) -> bool:
         """Whether the optimizer's state is divided over the data-parallel ranks."""
         return self.sharding_strategy != "no_shard" if self.use_megatron_fsdp else self.use_distributed_optimizer
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.sharding_strategy in ("optim_grads", "optim_grads_params")
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.sharding_strategy == "optim_grads_params"

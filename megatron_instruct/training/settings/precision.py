@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_instruct.errors import ConfigError
+from megatron_instruct.training.settings.idle import check_idle
+
+_SCALING = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+"""How the factor of the loss follows the gradients."""
+_DELAYED = ("fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")
+_LEFT_OUT = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,10 @@ class PrecisionOptions:
     """Steps with an overflow after which the factor is halved each time, until it is doubled again."""
 
     def __post_init__(self) -> None:
-        if self.loss_scale is not None and not self.fp16:
-            raise ConfigError(f"loss_scale={self.loss_scale} goes with fp16 only; set fp16=True, or drop it.")
+        if not self.fp16:
+            check_idle(self, ("loss_scale", *_SCALING), needs="fp16=True")
+        if self.loss_scale is not None:
+            check_idle(self, _SCALING, needs="a loss_scale that is left out")
         for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
@@ -46,7 +54,7 @@ class PrecisionOptions:
             return None
         if self.loss_scale is not None:
             return {"loss_scale": self.loss_scale}
-        return {name: getattr(self, name) for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")}
+        return {name: getattr(self, name) for name in _SCALING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +84,16 @@ class Fp8Options:
     def __post_init__(self) -> None:
         if self.fp8_amax_history_len < 1:
             raise ConfigError(f"fp8_amax_history_len={self.fp8_amax_history_len} must be at least 1.")
-        if self.fp8_format is None and self.first_last_layers_bf16:
-            raise ConfigError("first_last_layers_bf16=True needs fp8_format; set it, or drop the flag.")
-        if self.fp8_format is None and self.fp8_emulation:
-            raise ConfigError("fp8_emulation=True needs fp8_format, the format to emulate; set it, or drop the flag.")
+        if self.fp8_format is None:
+            names = ("fp8_recipe", "fp8_emulation", "first_last_layers_bf16", *_DELAYED, *_LEFT_OUT)
+            check_idle(self, names, needs="fp8_format, without which nothing is in 8 bits")
+        if self.fp8_recipe != "delayed":
+            check_idle(self, _DELAYED, needs="fp8_recipe=delayed")
+        if not self.first_last_layers_bf16:
+            check_idle(self, _LEFT_OUT, needs="first_last_layers_bf16=True")
+        for name in _LEFT_OUT:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
         if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
             raise ConfigError(
                 "first_last_layers_bf16=True does not go with fp8_recipe=delayed, whose history is one for all layers; "
