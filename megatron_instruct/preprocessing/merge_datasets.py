@@ -86,7 +86,7 @@ def run(config: MergeConfig) -> Manifest:
     tokenizer = _tokenizer(config, prefixes, manifests)
     sources = [_source(path, manifest, tokenizer) for path, manifest in zip(prefixes, manifests, strict=True)]
     _check_agreement(sources)
-    settings = {**sources[0].settings, "tokenizer": tokenizer["fingerprint"], "merged": [source.files[0].sha256 for source in sources]}
+    settings = {**sources[0].settings, "tokenizer": tokenizer["fingerprint"]}
     inputs = tuple(file for source in sources for file in source.files)
     folder = prefix.with_name(prefix.name + ".parts")
     if not is_own(folder, _WORK) and (done := _finished(prefix, settings, inputs)) is not None:

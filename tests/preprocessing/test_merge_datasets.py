@@ -123,8 +123,10 @@ def test_a_second_run_does_nothing_and_other_inputs_are_refused(
     merge(tmp_path / "m", *two)
     assert capsys.readouterr().out == f"Finished already: {tmp_path / 'm'}.\n"
     assert Path(f"{tmp_path / 'm'}.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(ConfigError, match="merged="):
+    with pytest.raises(ConfigError, match="holds a result made from the same inputs in another order; choose another output"):
         merge(tmp_path / "m", *reversed(two))
+    with pytest.raises(ConfigError, match="holds a result made from other inputs; choose another output"):
+        merge(tmp_path / "m", two[0])
     assert content(tmp_path / "m") == before
 
 
