@@ -28,7 +28,7 @@ class EvaluateConfig:
     num_fewshot: int | None = None
     """Solved examples shown before each question (default: what the task says)."""
     perplexity_data: tuple[str, ...] = ()
-    """Held-out documents: files, folders or patterns of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
+    """Held-out documents: files, folders or patterns of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt."""
     text_key: str = "text"
     """Key of the text in perplexity_data."""
     document_start: Literal["bos", "eod"] | None = None
@@ -84,7 +84,7 @@ class MakeTaskConfig:
     """
 
     input: tuple[str, ...]
-    """Held-out documents: files, folders or patterns of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
+    """Held-out documents: files, folders or patterns of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt."""
     output_dir: Path
     """Folder for the task."""
     name: str

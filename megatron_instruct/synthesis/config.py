@@ -62,7 +62,7 @@ class SynthesizeConfig:
     """
 
     input: tuple[str, ...]
-    """Files, folders or glob patterns of raw texts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
+    """Files, folders or glob patterns of raw texts: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt."""
     output_dir: Path
     """Folder of the result."""
     model: Path

@@ -16,7 +16,7 @@ class PrepareConfig:
     """
 
     input: tuple[str, ...]
-    """Files, folders or glob patterns of rows with context, QA_list and rc_name: .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    """Files, folders or glob patterns of rows with context, QA_list and rc_name: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow."""
     output_dir: Path
     """Folder of the result."""
     tokenizer_model: Path
