@@ -18,8 +18,9 @@ from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.evaluation.comparison import compare
 from megatron_instruct.evaluation.config import EvaluateConfig, MakeTaskConfig
 from megatron_instruct.evaluation.results import Results, read_results
-from megatron_instruct.evaluation.run import main, run
+from megatron_instruct.evaluation.run import _documents, main, run
 from megatron_instruct.evaluation.task import run as make_task
+from megatron_instruct.files import locked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval 0.4.13 and datasets 5.2 while they are imported
@@ -157,6 +158,24 @@ def test_parts_of_other_settings_and_files_of_others_are_kept(
     (tmp_path / "a.parts" / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match=r"a.parts holds mine.txt and no plan.json of a run"):
         perplexity()
+
+
+def test_two_runs_into_one_folder_are_kept_apart(tmp_path: Path, model: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def perplexity(name: str) -> Results:
+        return run(EvaluateConfig(model=model, output_dir=tmp_path / name, perplexity_data=(str(heldout),), device="cpu", limit=2))
+
+    with locked(tmp_path / "a.parts"), pytest.raises(ConfigError, match=r"another run is writing to .*a\.parts; wait for it"):
+        perplexity("a")
+    before = perplexity("b")
+
+    def ends_meanwhile(*given: Any) -> Any:
+        shutil.copytree(tmp_path / "b", tmp_path / "a")
+        return _documents(*given)
+
+    monkeypatch.setattr("megatron_instruct.evaluation.run._documents", ends_meanwhile)
+    assert perplexity("a") == before
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert not (tmp_path / "a.parts").exists()
 
 
 def test_an_output_within_what_is_read_is_refused(tmp_path: Path, model: Path, task_folder: Path, heldout: Path) -> None:
