@@ -13,12 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+import yaml
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.evaluation.comparison import compare
 from megatron_instruct.evaluation.config import EvaluateConfig, MakeTaskConfig
+from megatron_instruct.evaluation.harness import find_tasks
 from megatron_instruct.evaluation.results import Results, read_results
 from megatron_instruct.evaluation.run import _documents, main, run
+from megatron_instruct.evaluation.task import _task
 from megatron_instruct.evaluation.task import run as make_task
 from megatron_instruct.files import locked
 
@@ -298,6 +301,24 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
         captured = capsys.readouterr()
         assert message in captured.err and "Loading" not in captured.out
     assert not (tmp_path / "a").exists()
+
+
+def write_task(folder: Path) -> Path:
+    rows = [{"id": str(n), "query": f"Question {n}:", "choices": [" a", " b", " c"], "gold": n % 3} for n in range(4)]
+    folder.mkdir()
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.yaml").write_text(yaml.safe_dump(_task("own", folder / "task.jsonl")))
+    return folder
+
+
+def test_no_question_is_among_its_own_solved_examples(tmp_path: Path) -> None:
+    manager = find_tasks(["own"], [write_task(tmp_path / "task")])
+    (task,) = manager.load(["own"])["tasks"].values()
+    for seed in range(5):
+        task.set_fewshot_seed(seed)
+        for question in task.eval_docs:
+            shown = task.fewshot_context(question, 3)
+            assert [shown.count(f"Question {n}:") for n in range(4)] == [1, 1, 1, 1]
 
 
 def test_a_task_whose_folder_was_moved_says_so(tmp_path: Path, model: Path, heldout: Path) -> None:
