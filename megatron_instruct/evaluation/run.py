@@ -169,7 +169,7 @@ def _evaluate(
     inputs: tuple[FileRecord, ...],
 ) -> tuple[Results, Manifest]:
     documents = _documents(config, files)
-    manager = find_tasks(config.tasks, config.include_path) if config.tasks else None
+    manager = find_tasks(config.tasks, config.include_path, num_fewshot=config.num_fewshot) if config.tasks else None
     parts = config.output_dir.with_name(config.output_dir.name + ".parts")
     outputs = [config.output_dir / name for name in (RESULTS, SAMPLES)]
     made_of = {"settings": settings, "inputs": [item.sha256 for item in inputs]}

@@ -303,22 +303,46 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "a").exists()
 
 
-def write_task(folder: Path) -> Path:
+def write_task(folder: Path, change: Callable[[str], str] = str) -> Path:
     rows = [{"id": str(n), "query": f"Question {n}:", "choices": [" a", " b", " c"], "gold": n % 3} for n in range(4)]
     folder.mkdir()
-    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.jsonl").write_text(change("".join(json.dumps(row) + "\n" for row in rows)))
     (folder / "own.yaml").write_text(yaml.safe_dump(_task("own", folder / "task.jsonl")))
     return folder
 
 
 def test_no_question_is_among_its_own_solved_examples(tmp_path: Path) -> None:
-    manager = find_tasks(["own"], [write_task(tmp_path / "task")])
+    manager = find_tasks(["own"], [write_task(tmp_path / "task")], num_fewshot=3)
     (task,) = manager.load(["own"])["tasks"].values()
     for seed in range(5):
         task.set_fewshot_seed(seed)
         for question in task.eval_docs:
             shown = task.fewshot_context(question, 3)
             assert [shown.count(f"Question {n}:") for n in range(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda _: "", {}, r"task.jsonl, which is empty"),
+        (lambda text: text + "{broken\n", {}, r"its data cannot be taken \(DatasetGenerationError"),
+        (lambda text: text.replace('"gold": 1', '"gold": 9', 1), {}, r"question 1 .*the right answer 9 is none of its 3 choices"),
+        (lambda text: text.replace('[" a", " b", " c"]', "[]", 1), {}, r"its data cannot be taken \(IndexError"),
+        (lambda text: text, {"num_fewshot": 4}, r"task own: 4 solved examples cannot be taken \(ValueError: Sample larger"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    change: Callable[[str], str], settings: dict[str, Any], message: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "task", change)
+    with pytest.raises(InputError, match=message):
+        run(
+            EvaluateConfig(
+                model=model, output_dir=tmp_path / "a", tasks=("own",), include_path=(tmp_path / "task",), device="cpu", **settings
+            )
+        )
+    assert "Loading" not in capsys.readouterr().out
+    assert not (tmp_path / "a.parts").exists()
 
 
 def test_a_task_whose_folder_was_moved_says_so(tmp_path: Path, model: Path, heldout: Path) -> None:
