@@ -43,14 +43,18 @@ def check_include_path(include_path: Sequence[Path]) -> None:
             raise InputError(f"include_path {folder}: no such folder; give a folder with task files (.yaml).")
 
 
-def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> Any:
-    """Return lm-eval's task manager, which knows all `names`; raise InputError otherwise, before any model is loaded."""
+def find_tasks(names: Sequence[str], include_path: Sequence[Path], *, num_fewshot: int | None = None) -> Any:
+    """Return lm-eval's task manager, which knows all `names`; raise InputError otherwise, before any model is loaded.
+
+    A task of `include_path` that cannot be asked, with so many solved examples, is an InputError, too.
+    """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     paths = [str(folder) for folder in include_path]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # the built-in tasks take seconds to list
+    own = set(manager.all_tasks)
+    if not set(names) <= own:  # the built-in tasks take seconds to list
         manager = TaskManager(include_path=paths)
     for name in names:
         if name not in manager.all_tasks:
@@ -58,7 +62,39 @@ def find_tasks(names: Sequence[str], include_path: Sequence[Path]) -> Any:
             more = "Of own tasks give the folder with --include-path."
             raise InputError(f"unknown task {name!r}{did_you_mean(name, known, more=more)}")
     _check_data_files(include_path)
+    for name in names:
+        if name in own:
+            _check_own(name, manager, num_fewshot)
     return manager
+
+
+def _check_own(name: str, manager: Any, num_fewshot: int | None) -> None:
+    """Ask each question of a task to nobody. (lm-eval looks at the first, and takes a right answer that is no choice for a wrong one.)"""
+    from lm_eval.api.task import ConfigurableTask
+
+    where = "its data"
+    try:
+        for task in manager.load([name])["tasks"].values():
+            if not isinstance(task, ConfigurableTask):
+                continue  # code of its own, which need not have what is asked for here
+            for number, question in enumerate(task.eval_docs):
+                where = f"question {number}"
+                task.doc_to_text(question)
+                gold, choices = task.doc_to_target(question), task.doc_to_choice(question) if task.config.doc_to_choice else None
+                if choices is not None and not task.multiple_input and not isinstance(gold, list):
+                    _require_choice(gold, choices)
+            shots = task.get_config("num_fewshot")
+            shots = num_fewshot if num_fewshot is not None and shots != 0 else shots or 0
+            where = f"{shots} solved examples"
+            task.set_fewshot_seed(_SEED)
+            task.fewshot_context(task.eval_docs[0], shots)
+    except Exception as error:  # a task of a user's own holds data, templates and code, which may fail in any way
+        raise InputError(f"task {name}: {where} cannot be taken ({type(error).__name__}: {error}); mend the task.") from error
+
+
+def _require_choice(gold: Any, choices: Sequence[str]) -> None:
+    if gold not in (range(len(choices)) if isinstance(gold, int) else choices):
+        raise ValueError(f"the right answer {gold!r} is none of its {len(choices)} choices")
 
 
 def _close(name: str, known: Sequence[str]) -> list[str]:
@@ -82,6 +118,8 @@ def _check_data_files(include_path: Sequence[Path]) -> None:
             for data_file in _paths((keywords or {}).get("data_files")):
                 if Path(data_file).is_absolute() and not Path(data_file).exists():
                     raise InputError(f"{file} names {data_file}, which does not exist; if the folder was moved, make the task again.")
+                if Path(data_file).is_file() and not Path(data_file).stat().st_size:
+                    raise InputError(f"{file} names {data_file}, which is empty; make the task again.")
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ from megatron_instruct.evaluation.harness import check_backend, check_include_pa
 from megatron_instruct.evaluation.perplexity import document_nll, perplexity_results, windows_of
 from megatron_instruct.evaluation.questions import Document
 from megatron_instruct.evaluation.results import RESULTS, SAMPLES, STAGE, Results, read_results, results_from_json, table
-from megatron_instruct.files import atomic_write, read_json, write_json
+from megatron_instruct.files import atomic_write, locked, read_json, write_json
 from megatron_instruct.manifest import FileRecord, Manifest, finished, read_manifest, records, write_manifest
 from megatron_instruct.progress import Progress
 from megatron_instruct.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -169,24 +169,28 @@ def _evaluate(
     inputs: tuple[FileRecord, ...],
 ) -> tuple[Results, Manifest]:
     documents = _documents(config, files)
-    manager = find_tasks(config.tasks, config.include_path) if config.tasks else None
+    manager = find_tasks(config.tasks, config.include_path, num_fewshot=config.num_fewshot) if config.tasks else None
     parts = config.output_dir.with_name(config.output_dir.name + ".parts")
     outputs = [config.output_dir / name for name in (RESULTS, SAMPLES)]
     made_of = {"settings": settings, "inputs": [item.sha256 for item in inputs]}
-    take_up(parts, made_of, outputs=outputs, dear=any(parts.glob(f"{PERPLEXITY}.json")) or any(parts.glob(_TASK.format("*"))))
-    models = _Models(config, plan)
-    results, shots = Results(metrics=(), samples=()), dict[str, int]()
-    if documents:
-        part = _part(parts / f"{PERPLEXITY}.json", lambda: (_perplexity(config, plan, tokenizer, documents, models.hf()), {}))
-        results += part[0]
-    for name in config.tasks:
-        print(f"Task {name}.")
-        run_one = partial(_task, name, manager, models, num_fewshot=config.num_fewshot, limit=config.limit)
-        part = _part(parts / _TASK.format(name), run_one)
-        results += part[0]
-        shots |= part[1]
-    manifest = _write(config, results, shots, settings, inputs)
-    remove(parts)
+    with locked(parts):
+        if (done := finished(config.output_dir / "manifest.json", stage=STAGE, settings=settings, inputs=inputs)) is not None:
+            remove(parts)  # another run has ended meanwhile
+            return read_results(config.output_dir), done
+        take_up(parts, made_of, outputs=outputs, dear=any(parts.glob(f"{PERPLEXITY}.json")) or any(parts.glob(_TASK.format("*"))))
+        models = _Models(config, plan)
+        results, shots = Results(metrics=(), samples=()), dict[str, int]()
+        if documents:
+            part = _part(parts / f"{PERPLEXITY}.json", lambda: (_perplexity(config, plan, tokenizer, documents, models.hf()), {}))
+            results += part[0]
+        for name in config.tasks:
+            print(f"Task {name}.")
+            run_one = partial(_task, name, manager, models, num_fewshot=config.num_fewshot, limit=config.limit)
+            part = _part(parts / _TASK.format(name), run_one)
+            results += part[0]
+            shots |= part[1]
+        manifest = _write(config, results, shots, settings, inputs)
+        remove(parts)
     return results, manifest
 
 

@@ -24,6 +24,7 @@ from megatron_instruct.workspace import held
 
 STAGE = "evaluation-task"
 _NOT_DECIDING = ("input", "output_dir")
+_SPLIT = "test"
 
 
 def run(config: MakeTaskConfig) -> Manifest:
@@ -33,7 +34,7 @@ def run(config: MakeTaskConfig) -> Manifest:
     inputs = records(files)
     yaml_file, data_file = config.output_dir / f"{config.name}.yaml", config.output_dir / f"{config.name}.jsonl"
     settings = {name: value for name, value in vars(config).items() if name not in _NOT_DECIDING}
-    settings["data_file"] = str(data_file.resolve())
+    settings |= {"data_file": str(data_file.resolve()), "fewshot_split": _SPLIT}
     manifest_file = config.output_dir / "manifest.json"
     if (done := finished(manifest_file, stage=STAGE, settings=settings, inputs=inputs)) is not None:
         print(f"Finished already: {config.output_dir}.")
@@ -64,13 +65,17 @@ def run(config: MakeTaskConfig) -> Manifest:
 
 
 def _task(name: str, data_file: Path) -> dict[str, Any]:
-    """Return the task as lm-eval reads it. The number of solved examples is left open: lm-eval takes a written 0 for unchangeable."""
+    """Return the task as lm-eval reads it. The number of solved examples is left open: lm-eval takes a written 0 for unchangeable.
+
+    They are drawn from the other questions: without fewshot_split, lm-eval 0.4.13 draws the question that is asked, with its answer, too.
+    """
     mean = {"aggregation": "mean", "higher_is_better": True}
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data_file)}},
-        "test_split": "test",
+        "dataset_kwargs": {"data_files": {_SPLIT: str(data_file)}},
+        "test_split": _SPLIT,
+        "fewshot_split": _SPLIT,
         "output_type": "multiple_choice",
         "doc_to_text": "query",
         "doc_to_choice": "choices",

@@ -42,7 +42,7 @@ class FilterSettings:
     min_relevance: float = 0.6
     """relevance: smallest share of the question's content words that the text, or the answer, must hold."""
     decontaminate: tuple[str, ...] = ()
-    """contamination: evaluation files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .yaml) that no pair may repeat."""
+    """contamination: evaluation files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .txt, .yaml) that no pair may repeat."""
     decontamination_ngram: int = 13
     """contamination: words in a row that a pair may not share with an evaluation file."""
     min_agreement: float = 0.5

@@ -13,13 +13,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+import yaml
 
 from megatron_instruct.errors import ConfigError, InputError
 from megatron_instruct.evaluation.comparison import compare
 from megatron_instruct.evaluation.config import EvaluateConfig, MakeTaskConfig
+from megatron_instruct.evaluation.harness import find_tasks
 from megatron_instruct.evaluation.results import Results, read_results
-from megatron_instruct.evaluation.run import main, run
+from megatron_instruct.evaluation.run import _documents, main, run
+from megatron_instruct.evaluation.task import _task
 from megatron_instruct.evaluation.task import run as make_task
+from megatron_instruct.files import locked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval 0.4.13 and datasets 5.2 while they are imported
@@ -159,6 +163,24 @@ def test_parts_of_other_settings_and_files_of_others_are_kept(
         perplexity()
 
 
+def test_two_runs_into_one_folder_are_kept_apart(tmp_path: Path, model: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def perplexity(name: str) -> Results:
+        return run(EvaluateConfig(model=model, output_dir=tmp_path / name, perplexity_data=(str(heldout),), device="cpu", limit=2))
+
+    with locked(tmp_path / "a.parts"), pytest.raises(ConfigError, match=r"another run is writing to .*a\.parts; wait for it"):
+        perplexity("a")
+    before = perplexity("b")
+
+    def ends_meanwhile(*given: Any) -> Any:
+        shutil.copytree(tmp_path / "b", tmp_path / "a")
+        return _documents(*given)
+
+    monkeypatch.setattr("megatron_instruct.evaluation.run._documents", ends_meanwhile)
+    assert perplexity("a") == before
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert not (tmp_path / "a.parts").exists()
+
+
 def test_an_output_within_what_is_read_is_refused(tmp_path: Path, model: Path, task_folder: Path, heldout: Path) -> None:
     shutil.copytree(task_folder, tmp_path / "task")
     shutil.copy(heldout, tmp_path / "task")
@@ -279,6 +301,48 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
         captured = capsys.readouterr()
         assert message in captured.err and "Loading" not in captured.out
     assert not (tmp_path / "a").exists()
+
+
+def write_task(folder: Path, change: Callable[[str], str] = str) -> Path:
+    rows = [{"id": str(n), "query": f"Question {n}:", "choices": [" a", " b", " c"], "gold": n % 3} for n in range(4)]
+    folder.mkdir()
+    (folder / "task.jsonl").write_text(change("".join(json.dumps(row) + "\n" for row in rows)))
+    (folder / "own.yaml").write_text(yaml.safe_dump(_task("own", folder / "task.jsonl")))
+    return folder
+
+
+def test_no_question_is_among_its_own_solved_examples(tmp_path: Path) -> None:
+    manager = find_tasks(["own"], [write_task(tmp_path / "task")], num_fewshot=3)
+    (task,) = manager.load(["own"])["tasks"].values()
+    for seed in range(5):
+        task.set_fewshot_seed(seed)
+        for question in task.eval_docs:
+            shown = task.fewshot_context(question, 3)
+            assert [shown.count(f"Question {n}:") for n in range(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda _: "", {}, r"task.jsonl, which is empty"),
+        (lambda text: text + "{broken\n", {}, r"its data cannot be taken \(DatasetGenerationError"),
+        (lambda text: text.replace('"gold": 1', '"gold": 9', 1), {}, r"question 1 .*the right answer 9 is none of its 3 choices"),
+        (lambda text: text.replace('[" a", " b", " c"]', "[]", 1), {}, r"its data cannot be taken \(IndexError"),
+        (lambda text: text, {"num_fewshot": 4}, r"task own: 4 solved examples cannot be taken \(ValueError: Sample larger"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    change: Callable[[str], str], settings: dict[str, Any], message: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "task", change)
+    with pytest.raises(InputError, match=message):
+        run(
+            EvaluateConfig(
+                model=model, output_dir=tmp_path / "a", tasks=("own",), include_path=(tmp_path / "task",), device="cpu", **settings
+            )
+        )
+    assert "Loading" not in capsys.readouterr().out
+    assert not (tmp_path / "a.parts").exists()
 
 
 def test_a_task_whose_folder_was_moved_says_so(tmp_path: Path, model: Path, heldout: Path) -> None:
