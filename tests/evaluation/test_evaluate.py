@@ -157,7 +157,7 @@ def test_parts_of_other_settings_and_files_of_others_are_kept(
     with pytest.raises(InputError, match=r"a/results.json exists already and has no manifest"):
         perplexity()
     shutil.rmtree(tmp_path / "a")
-    (tmp_path / "a.parts").mkdir()
+    (tmp_path / "a.parts").mkdir(exist_ok=True)  # a run that was refused leaves its lock
     (tmp_path / "a.parts" / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match=r"a.parts holds mine.txt and no plan.json of a run"):
         perplexity()
