@@ -11,7 +11,9 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -38,7 +40,8 @@ _IS_BOOL = "is true or false, which is no value of this setting; put text such a
 def run_tool[Config](config_type: type[Config], stage: Callable[[Config], object], argv: Sequence[str] | None = None, *, prog: str) -> int:
     """Parse the command line into `config_type`, run `stage` with it, and return the process's exit status.
 
-    0 done, 1 the system refused (disk full, no permission), 2 to 7 an error that the user can mend (see errors.py), 130 Ctrl-C.
+    0 done, 1 the system refused (disk full, no permission), 2 to 7 an error that the user can mend (see errors.py), 130 Ctrl-C, 141 nobody reads
+    what is printed any more.
     """
     try:
         config = parse(config_type, sys.argv[1:] if argv is None else argv, prog=prog)
@@ -47,6 +50,9 @@ def run_tool[Config](config_type: type[Config], stage: Callable[[Config], object
     except MegatronInstructError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it once more at its end
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"{prog}: error: {error}; finished work is kept: mend this and run the same command again.", file=sys.stderr)
         return 1

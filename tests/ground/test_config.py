@@ -1,6 +1,9 @@
 """Settings: defaults < YAML < flags, unknown names refused, --print-config and --help, one clear message and status 2 for a mistake."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,3 +351,12 @@ def test_a_stage_that_succeeds_has_status_0_and_its_settings() -> None:
     seen: list[Stage] = []
     assert run_tool(Stage, seen.append, [*NEEDED, "--batch-size", "2"], prog="stage.py") == 0
     assert [config.batch_size for config in seen] == [2]
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    done = subprocess.run([sys.executable, tool, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

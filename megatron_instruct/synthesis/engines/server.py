@@ -85,13 +85,11 @@ class ServerEngine:
         await self._client.close()
 
     async def _serve(self, request: Request) -> None:
-        answer: Completion | Exception
         try:
             async with self._turns:
-                answer = await self._ask(request)
+                self._answered.put((request, await self._ask(request)))
         except Exception as error:  # poll raises it, a mistake of ours too: nobody would hear of it here
-            answer = error
-        self._answered.put((request, answer))
+            self._answered.put((request, error))
 
     async def _ask(self, request: Request) -> Completion:
         """Ask until there is an answer, or reason to give up."""
