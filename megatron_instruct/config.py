@@ -40,8 +40,8 @@ _IS_BOOL = "is true or false, which is no value of this setting; put text such a
 def run_tool[Config](config_type: type[Config], stage: Callable[[Config], object], argv: Sequence[str] | None = None, *, prog: str) -> int:
     """Parse the command line into `config_type`, run `stage` with it, and return the process's exit status.
 
-    0 done, 1 the system refused (disk full, no permission), 2 to 7 an error that the user can mend (see errors.py), 130 Ctrl-C, 141 nobody reads
-    what is printed any more.
+    0 done, 1 the system refused (disk full, no permission), 2 to 7 an error that the user can mend (see errors.py), 130 Ctrl-C, 141 nobody
+    reads what is printed any more.
     """
     try:
         config = parse(config_type, sys.argv[1:] if argv is None else argv, prog=prog)
