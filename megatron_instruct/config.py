@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import select
 import signal
 import sys
 import types
@@ -50,16 +51,25 @@ def run_tool[Config](config_type: type[Config], stage: Callable[[Config], object
     except MegatronInstructError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.exit_status
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains of it once more at its end
-        return 128 + signal.SIGPIPE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         print(f"{prog}: error: {error}; finished work is kept: mend this and run the same command again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; finished work is kept: run the same command again to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Say whether standard output is a pipe that nobody reads any more, as after `| head`; then Python does not complain at its end."""
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def parse[Config](config_type: type[Config], argv: Sequence[str], *, prog: str) -> Config | None:

@@ -255,7 +255,7 @@ def _check_equal_parts(layout: ParallelLayout, settings: Mapping[str, Any]) -> N
         )
 
 
-def check_fields(extra: Mapping[str, Any]) -> None:
+def _check_fields(extra: Mapping[str, Any]) -> None:
     """Raise ConfigError for what is no field of megatron-core's TransformerConfig, or no value of that field's kind."""
     fields = TransformerConfig.__dataclass_fields__
     for name, value in extra.items():
@@ -269,7 +269,7 @@ def check_fields(extra: Mapping[str, Any]) -> None:
 
 
 def _checked_extra(extra: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    check_fields(extra)
+    _check_fields(extra)
     defaults = {*_CPU_SETTINGS, *_CUDA_SETTINGS, *_NO_DROPOUT}
     for name in extra:
         if name in _OF_FAMILIES or name in settings.keys() - defaults:

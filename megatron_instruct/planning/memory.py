@@ -79,10 +79,6 @@ def memory_of_stage(shape: Shape, execution: Execution, stage: int) -> Memory:
     mixed = execution.precision != "fp32"
     replicas = execution.layout.data * execution.layout.context
     state = 12 if mixed else 8
-    if execution.distributed_optimizer:
-        optimizer = state * (held.shared / replicas + held.experts / execution.layout.data_of_experts)
-    else:
-        optimizer = float(state) * held.total
     sharded = held.shared / replicas + held.experts / execution.layout.data_of_experts
     number = 2 if mixed else 4
     whole = _whole_at_a_time(shape, execution, held, stage) if replicas > 1 else 0.0
@@ -91,7 +87,7 @@ def memory_of_stage(shape: Shape, execution: Execution, stage: int) -> Memory:
     return Memory(
         weights=number * (sharded if execution.shards_weights else held.total),
         gradients=4 * (sharded if execution.shards_gradients else held.total),
-        optimizer=optimizer,
+        optimizer=state * (sharded if execution.distributed_optimizer else held.total),
         activations=_activations(shape, execution, stage),
         # a copy in 8 bits of each matrix and one of its transpose, for as long as a step lasts
         fp8_copies=2 * held.products if execution.precision == "fp8" else 0.0,

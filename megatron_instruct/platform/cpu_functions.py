@@ -100,7 +100,7 @@ def multiply(x_SBC: torch.Tensor, weight_CV: torch.Tensor) -> torch.Tensor:
     if x_SBC.dim() != 3 or x_SBC.dtype != torch.float32 or ids <= 4 * tokens:
         return torch.matmul(x_SBC, weight_CV)
     length, batch, size = x_SBC.shape
-    result_SBV = torch.empty_strided((length, batch, ids), (batch, 1, tokens))
+    result_SBV = x_SBC.new_empty_strided((length, batch, ids), (batch, 1, tokens))
     torch.mm(weight_CV.t(), x_SBC.reshape(tokens, size).t(), out=result_SBV.permute(2, 0, 1).view(ids, tokens))
     return result_SBV
 

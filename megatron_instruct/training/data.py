@@ -24,7 +24,6 @@ from megatron_instruct.platform.processes import end_with_parent
 from megatron_instruct.training.blends import Phases, blend, counts
 from megatron_instruct.training.config import PretrainConfig
 from megatron_instruct.training.documents import COMPONENT
-from megatron_instruct.training.epochs import StrictEpochDataset
 from megatron_instruct.training.index_cache import IndexCache
 from megatron_instruct.training.role_weights import RoleWeightedConfig, RoleWeightedDataset, weights_by_code
 from megatron_instruct.training.sources import Blend, DataSources, index_root
@@ -133,8 +132,7 @@ def _own_blend(
     """Return `size` samples of a blend. used: samples of each data set that earlier phases took."""
     split = sources.split if config.data.is_divided else None
     starts = [used.get(prefix, 0) for prefix in of[0]]
-    kind = {Split.train: StrictEpochDataset.__name__, Split.valid: None, Split.test: "test"}[part]
-    name = _name(config, of, split, fingerprint, starts, size, kind)
+    name = _name(config, of, split, fingerprint, starts, size, part.name)
     return cache.load(
         name,
         lambda folder: blend(

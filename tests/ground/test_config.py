@@ -324,6 +324,7 @@ def test_a_file_that_cannot_be_read_is_named(
         (EngineError("died"), 5, "stage.py: error: died"),
         (TrainingError("loss is not finite"), 6, "stage.py: error: loss is not finite"),
         (OSError(28, "No space left on device", "out/a"), 1, "No space left on device: 'out/a'; finished work is kept"),
+        (BrokenPipeError(32, "a process is gone"), 1, "a process is gone; finished work is kept"),
         (KeyboardInterrupt(), 130, "interrupted; finished work is kept"),
     ],
 )

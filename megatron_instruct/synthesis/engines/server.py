@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +97,7 @@ class ServerEngine:
         for pause in _pauses():
             try:
                 asked = self._client.post("/completions", cast_to=self._response, body=self._body(request))
-                return self._completion(request, await _within(seconds, asked))
+                return self._completion(request, await asyncio.wait_for(asked, seconds))
             except TimeoutError:
                 return Completion(error=f"no answer within request_timeout={seconds:g} seconds")
             except openai.APIConnectionError as error:
@@ -188,7 +188,7 @@ class ServerEngine:
         return True
 
     async def _list(self) -> Any:
-        return await _within(min(self._settings.request_timeout, 30), self._client.get("/models", cast_to=self._response))
+        return await asyncio.wait_for(self._client.get("/models", cast_to=self._response), min(self._settings.request_timeout, 30))
 
     async def _models(self) -> "list[_Model]":
         """Ask for the server's models, again and again while it cannot be reached, for as long as it is waited for."""
@@ -230,12 +230,6 @@ class _Model:
 
 class _Garbage(Exception):
     """An answer that is none, for the reason that it carries."""
-
-
-async def _within[T](seconds: float, answer: Awaitable[T]) -> T:
-    """Return the answer; raises TimeoutError where it is not whole by then, however it comes in."""
-    async with asyncio.timeout(seconds):
-        return await answer
 
 
 def _json(response: Any) -> Any:
